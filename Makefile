@@ -1,0 +1,46 @@
+# `make reproduce` and `make test` work on a fresh machine: each makes .venv, installs requirements.lock, and runs.
+PYTHON ?= python3
+PRESET ?= smoke
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+.PHONY: help setup reproduce test test-all lab bench readme notebooks lock clean
+
+help:            ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(READY): requirements.lock settings.ini setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, found {v[0]}.{v[1]}: make PYTHON=python3.11")'
+	@echo "Installing into $(VENV) (about two minutes, 2 GB) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(READY)
+
+setup: $(READY)  ## the environment in .venv, nothing else
+
+reproduce: $(READY)  ## train, evaluate, draw, tabulate: PRESET=smoke (default), benchmarks, ...
+	@$(BIN)/msnlan reproduce $(PRESET)
+
+test: $(READY)  ## everything that is checked on each change
+	@$(BIN)/python -m pytest -q --durations=12 tests
+
+test-all: $(READY)  ## the long checks too
+	@$(BIN)/python -m pytest -q --durations=25 --all tests
+
+lab: $(READY)  ## JupyterLab in the same environment
+	@$(BIN)/jupyter lab nbs
+
+bench: $(READY)  ## time and memory of the attention operator
+	@$(BIN)/msnlan bench
+
+readme: $(READY)  ## write README.md from nbs/index.ipynb
+	@$(BIN)/python tests/readme.py --write
+
+lock: $(READY)  ## write requirements.lock from the environment as it is
+	@{ echo "# Exact versions of a working environment (Python 3.11, Linux); made by 'make lock', installed by 'make reproduce' and 'make test'."; \
+	   $(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check | sed 's/+cpu//; s/ @ file:.*//'; } > requirements.lock
+
+clean:           ## what runs left behind; the environment stays
+	@rm -rf runs .pytest_cache .hypothesis

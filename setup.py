@@ -1,0 +1,21 @@
+"""Packaging: everything is read from settings.ini, which nbdev reads too."""
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+cfg = ConfigParser(delimiters=['='])
+cfg.read(HERE/'settings.ini', encoding='utf-8')
+cfg = cfg['DEFAULT']
+readme = HERE/'README.md'
+extras = {k: cfg[f'{k}_requirements'].split() for k in ('fast', 'dev')}
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
+    author=cfg['author'], author_email=cfg['author_email'], license='Apache-2.0', license_files=['LICENSE'],
+    long_description=readme.read_text(encoding='utf-8') if readme.exists() else '',
+    long_description_content_type='text/markdown',
+    python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(), extras_require=extras,
+    packages=find_packages(include=['msnlan', 'msnlan.*']), package_data={'msnlan': ['weights/*']},
+    entry_points={'console_scripts': cfg['console_scripts'].split()}, zip_safe=False,
+)

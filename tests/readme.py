@@ -1,0 +1,24 @@
+"""README.md is nbs/index.ipynb: `python tests/readme.py --write` writes it, `--check` says whether it is current."""
+import re, sys
+from pathlib import Path
+import nbformat
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def readme()->str:
+    "The text of README.md, from the cells of the index notebook that are not hidden"
+    nb = nbformat.read(ROOT/'nbs/index.ipynb', as_version=4)
+    nb.cells = [c for c in nb.cells if c.cell_type != 'raw' and '#| hide' not in c.source and '#| default_exp' not in c.source]
+    for c in nb.cells:
+        if c.cell_type == 'code': c.outputs = []
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    return '<!-- Written from nbs/index.ipynb by `make readme`. -->\n\n' + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
+
+
+if __name__ == '__main__':
+    path = ROOT/'README.md'
+    if '--write' in sys.argv: path.write_text(readme(), encoding='utf-8')
+    elif not path.exists() or path.read_text(encoding='utf-8') != readme():
+        sys.exit('README.md is not what nbs/index.ipynb says: make readme writes it')

@@ -1,0 +1,89 @@
+"""The house is in order: exported code, clean notebooks, README and rules that a reader relies on."""
+import ast, json, shutil, subprocess, sys
+from pathlib import Path
+import nbformat, pytest
+from conftest import ROOT
+import readme
+
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+MODULES = sorted((ROOT/'msnlan').rglob('*.py'))
+FIRST_ROOMS = ['images', 'degradations', 'metrics', 'datasets', 'attention', 'layers', 'models', 'inference', 'training']
+
+
+def copy_of_house(tmp_path)->Path:
+    "A copy of notebooks and package, so that checks change nothing here"
+    for name in ('nbs', 'msnlan'):
+        shutil.copytree(ROOT/name, tmp_path/name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('settings.ini', 'setup.py'): shutil.copyfile(ROOT/name, tmp_path/name)
+    return tmp_path
+
+
+def nbdev(command, folder):
+    run = subprocess.run([sys.executable, '-c', f'from nbdev.{command[0]} import {command[1]} as f; f()'], cwd=folder,
+                         capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_package_is_what_the_notebooks_export(tmp_path):
+    house = copy_of_house(tmp_path)
+    for p in (house/'msnlan').rglob('*.py'):
+        if p.name != '__init__.py': p.unlink()
+    nbdev(('doclinks', 'nbdev_export'), house)
+    files = lambda root: {str(p.relative_to(root/'msnlan')): p.read_text() for p in (root/'msnlan').rglob('*.py')}
+    made, kept = files(house), files(ROOT)
+    assert sorted(made) == sorted(kept), 'modules without a notebook, or notebooks not exported: nbdev_export'
+    assert [n for n in made if made[n] != kept[n]] == [], 'edited by hand or not exported: nbdev_update, then nbdev_export'
+
+
+def test_notebooks_are_clean(tmp_path):
+    house = copy_of_house(tmp_path)
+    nbdev(('clean', 'nbdev_clean'), house)
+    changed = [str(p.relative_to(ROOT)) for p in NOTEBOOKS if json.loads((house/p.relative_to(ROOT)).read_text()) != json.loads(p.read_text())]
+    assert changed == [], 'nbdev_clean cleans them'
+
+
+def test_readme_is_current():
+    assert (ROOT/'README.md').read_text(encoding='utf-8') == readme.readme(), 'make readme writes it'
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_exported_code_keeps_the_house_rules(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    imported = {(n.module or '') if isinstance(n, ast.ImportFrom) else a.name for n in ast.walk(tree)
+                if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    assert not {m for m in imported if m.split('.')[0] in ('nbdev', 'fastcore')}, 'exported code imports neither nbdev nor fastcore'
+    stars = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and any(a.name == '*' for a in n.names)]
+    assert stars == [], 'no star imports'
+    if path.name == '_modidx.py': return
+    long = [i for i, l in enumerate(text.splitlines(), 1) if len(l) > 140 and not l.startswith('__all__')]
+    assert long == [], f'lines too long: {long}'
+    undocumented = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_') and not ast.get_docstring(n)]
+    assert undocumented == [], f'public names without a docstring: {undocumented}'
+
+
+def test_first_rooms_need_no_notebook_tools():
+    "Batch machines have no papermill, pooch or nbdev: these rooms must import without them"
+    code = ('import sys\nfor m in ("papermill","nbdev","fastcore","pooch","anywidget","snakemake","typer","jupyter_client","ipywidgets"): sys.modules[m] = None\n'
+            'import importlib, pkgutil, msnlan, msnlan.models\n'
+            f'for m in {FIRST_ROOMS!r}: importlib.import_module(f"msnlan.{{m}}")\n'
+            'for m in pkgutil.iter_modules(msnlan.models.__path__): importlib.import_module(f"msnlan.models.{m.name}")')
+    run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_every_experiment_has_annotated_parameters():
+    for path in (ROOT/'nbs/experiments').glob('*.ipynb'):
+        cells = [c for c in nbformat.read(path, as_version=4).cells if 'parameters' in c.metadata.get('tags', [])]
+        assert len(cells) == 1, f'{path.name}: expected one cell tagged parameters'
+        for line in cells[0].source.splitlines():
+            assert line.startswith(' ') or not line.strip() or ('#' in line and ':' in line.split('=')[0]), f'{path.name}: not annotated: {line}'
+
+
+def test_no_large_files_and_no_local_paths():
+    files = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode: pytest.skip('not a git checkout')
+    for name in filter(None, files.stdout.split('\0')):
+        path = ROOT/name
+        if not path.exists(): continue
+        assert path.stat().st_size <= (8 if name.startswith('msnlan/weights/') else 1)*2**20, f'{name} is too large'
