@@ -23,7 +23,7 @@ def comparable(
     if sr.shape != hr.shape or sr.ndim not in (2, 3):
         raise ValueError(f'expected two pictures of one size, found {sr.shape} and {hr.shape}')
     if border < 0 or min(hr.shape[:2]) <= 2*border:
-        raise ValueError(f'expected more than {2*border} pixels a side to cut {border} off each edge, found {hr.shape}')
+        raise ValueError(f'expected more than {2*border} pixels a side to cut the border, found {hr.shape}')
     pair = []
     for x in (sr, hr):
         x = rgb_to_luma(x) if luma else x.astype(np.float64)
@@ -108,7 +108,7 @@ def score(
 
 # %% ../nbs/02_metrics.ipynb #2d35b9c2
 def program_psnr(
-    sr:np.ndarray,           # result, (H, W), (H, W, 1) or (H, W, 3), in 0..rgb_range, not clipped or rounded yet
+    sr:np.ndarray,           # result, (H, W) or (H, W, C), in 0..rgb_range, not clipped or rounded yet
     hr:np.ndarray,           # truth, same shape
     scale:int,               # the factor
     rgb_range:float=255,     # value of white
