@@ -15,12 +15,14 @@ import pandas as pd
 def means(
     pictures:pd.DataFrame,   # a row per picture: model, dataset, scale, protocol, picture, psnr, ssim
 )->pd.DataFrame:             # a row per model, dataset, scale, protocol: psnr (dB), ssim, pictures
-    "Mean scores, in the order in which models and sets first appear; raises `ValueError` for a score that is no number"
+    "Mean scores, models and sets in order of appearance; raises `ValueError` for a score that is no number"
     keys = ['model', 'dataset', 'scale', 'protocol']
     bad = pictures[pictures[['psnr', 'ssim']].isna().any(axis=1)]
-    if len(bad): raise ValueError(f"{bad.iloc[0]['picture']} of {bad.iloc[0]['dataset']} has no score; expected a number for every picture")
-    return (pictures.groupby(keys, sort=False).agg(psnr=('psnr', 'mean'), ssim=('ssim', 'mean'), pictures=('picture', 'size'))
-            .reset_index())
+    if len(bad):
+        raise ValueError(f"{bad.iloc[0]['picture']} of {bad.iloc[0]['dataset']} has no score; "
+                         'expected a number for every picture')
+    by_set = pictures.groupby(keys, sort=False)
+    return by_set.agg(psnr=('psnr', 'mean'), ssim=('ssim', 'mean'), pictures=('picture', 'size')).reset_index()
 
 # %% ../nbs/40_tables.ipynb #9378df29
 def score_table(
@@ -31,7 +33,8 @@ def score_table(
     m = m.assign(cell=[f'{p:.{digits}f} / {s:.4f}' for p, s in zip(m.psnr, m.ssim)],
                  column=[f'{d} x{s}' for d, s in zip(m.dataset, m.scale)])
     order = list(dict.fromkeys(m.column))
-    t = m.pivot(index='model', columns='column', values='cell').reindex(index=list(dict.fromkeys(m.model)), columns=order)
+    t = m.pivot(index='model', columns='column', values='cell')
+    t = t.reindex(index=list(dict.fromkeys(m.model)), columns=order)
     return t.fillna('').rename_axis(None, axis=1).reset_index()
 
 # %% ../nbs/40_tables.ipynb #daaecb85
@@ -47,7 +50,8 @@ def write_table(
     table.to_csv(folder/f'{name}.csv', index=False, lineterminator='\n')
     latex = table.style.hide(axis='index').to_latex(hrules=True, caption=caption or None, label=f'tab:{name}',
                                                     column_format='l' + 'r'*(table.shape[1] - 1), convert_css=False)
-    (folder/f'{name}.tex').write_text(latex.replace('_', r'\_').replace(rf'tab:{name}'.replace('_', r'\_'), f'tab:{name}'))
+    label = f'tab:{name}'
+    (folder/f'{name}.tex').write_text(latex.replace('_', r'\_').replace(label.replace('_', r'\_'), label))
     head = f'<caption>{html.escape(caption)}</caption>' if caption else ''
     text = table.to_html(index=False, border=0, classes='scores', justify='left')
     (folder/f'{name}.html').write_text(text.replace('<thead>', f'{head}<thead>', 1) + '\n')
