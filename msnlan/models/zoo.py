@@ -17,10 +17,14 @@ from safetensors.torch import save
 
 from ..layers import Network
 from .checkpoints import authors_names, check_state, from_authors, infer_config, read_state, system_of
+from .csnln import CSNLN
+from .hspan import HSPAN
+from .mlrn import MLRN
 from .msnlan import MSNLAN
+from .panet import PANet
 
 # %% ../../nbs/models/zoo.ipynb #f8b2b547
-SYSTEMS = {c.system:c for c in (MSNLAN,)}
+SYSTEMS = {c.system:c for c in (MSNLAN, CSNLN, PANet, HSPAN, MLRN)}
 VARIANTS = {'msnlan-tiny': ('msnlan', dict(n_feats=24, n_resgroups=4, n_resblocks=2, rgb_range=255))}
 
 # %% ../../nbs/models/zoo.ipynb #1d0c4ab9
