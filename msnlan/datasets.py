@@ -119,7 +119,7 @@ def _check_complete(
     if want: missing, strange = sorted(set(want) - have), sorted(have - set(want))
     else: missing, strange = ['?']*max(0, info.pictures - len(have)), []
     if info.name == 'Urban100' and not strange and missing and have == set(want[:50]):
-        warnings.warn(f'Urban100: the first 50 of 100 pictures in {folder}; means are over these', stacklevel=3)
+        warnings.warn(f'Urban100: the first 50 of 100 pictures in {folder}; means are of these', stacklevel=3)
     elif missing or strange:
         both = (missing, 'missing'), (strange, 'unknown')
         said = [f'{len(names)} {word} ({", ".join(names[:3])})' for names, word in both if names]

@@ -8,7 +8,7 @@ __all__ = ['PROTOCOLS', 'comparable', 'psnr', 'gaussian_window', 'ssim_map', 'ss
 # %% ../nbs/02_metrics.ipynb #7e4b67cd
 import math
 import numpy as np
-from scipy.ndimage import correlate1d
+from scipy.ndimage import correlate1d, uniform_filter1d
 from .images import modcrop, rgb_to_luma
 
 # %% ../nbs/02_metrics.ipynb #83bea960
@@ -55,12 +55,15 @@ def gaussian_window(
 
 # %% ../nbs/02_metrics.ipynb #70799b8a
 def ssim_map(
-    x:np.ndarray,  # float64, (H, W), at least 11x11
-    y:np.ndarray,  # the same
-)->np.ndarray:     # float64, (H-10, W-10)
-    "SSIM at every place where the 11x11 Gaussian window fits"
+    x:np.ndarray,              # float64, (H, W), at least as large as the window
+    y:np.ndarray,              # the same
+    window:str='gaussian',     # 'gaussian': 11x11, sigma 1.5; 'flat': 8x8, all alike
+)->np.ndarray:                 # float64, (H-10, W-10), or (H-7, W-7)
+    "SSIM at every place where the window fits"
     g = gaussian_window()
-    def blur(z): return correlate1d(correlate1d(z, g, 0, mode='constant'), g, 1, mode='constant')[5:-5, 5:-5]
+    def blur(z):
+        if window == 'flat': return uniform_filter1d(uniform_filter1d(z, 8, 0), 8, 1)[4:-3, 4:-3]
+        return correlate1d(correlate1d(z, g, 0, mode='constant'), g, 1, mode='constant')[5:-5, 5:-5]
     c1, c2 = (0.01*255)**2, (0.03*255)**2
     mx, my = blur(x), blur(y)
     sxx, syy, sxy = blur(x*x) - mx*mx, blur(y*y) - my*my, blur(x*y) - mx*my
@@ -72,20 +75,23 @@ def ssim(
     hr:np.ndarray,   # truth, same shape
     border:int=4,    # pixels cut from each edge first
     luma:bool=True,  # on Y of colour pictures; False: mean over the channels
+    window:str='gaussian', # 'gaussian' or 'flat', see `ssim_map`
 )->float:            # at most 1
     "Structural similarity, mean over the map (and over the channels)"
     a, b = comparable(sr, hr, border, luma)
     if min(a.shape[:2]) < 11:
         raise ValueError(f'expected at least 11x11 pixels inside the border for SSIM, found {a.shape[:2]}')
-    if a.ndim == 2: return float(ssim_map(a, b).mean())
-    return float(np.mean([ssim_map(a[..., c], b[..., c]).mean() for c in range(a.shape[2])]))
+    if a.ndim == 2: return float(ssim_map(a, b, window).mean())
+    return float(np.mean([ssim_map(a[..., c], b[..., c], window).mean() for c in range(a.shape[2])]))
 
 # %% ../nbs/02_metrics.ipynb #d34068ec
 PROTOCOLS = {
     'cnn':     dict(luma='float', border=True),
     'bicubic': dict(luma='round', border=True),
     'rgb':     dict(luma=None,    border=False),
+    'png':     dict(luma='round', border=True),
     'grey':    dict(luma='round', border=False),
+    'jpeg':    dict(luma='round', border=False, window='flat'),
 }
 
 # %% ../nbs/02_metrics.ipynb #7e0cce86
@@ -104,7 +110,8 @@ def score(
     if sr.shape != hr.shape:
         raise ValueError(f'expected a result of shape {hr.shape} (the truth cut to multiples of {scale}), '
                          f'found {sr.shape}')
-    return dict(psnr=psnr(sr, hr, border, luma == 'float'), ssim=ssim(sr, hr, border, luma == 'float'))
+    window, y = PROTOCOLS[protocol].get('window', 'gaussian'), luma == 'float'
+    return dict(psnr=psnr(sr, hr, border, y), ssim=ssim(sr, hr, border, y, window))
 
 # %% ../nbs/02_metrics.ipynb #2d35b9c2
 def program_psnr(
