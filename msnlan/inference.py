@@ -29,7 +29,7 @@ class Tile:
 
 # %% ../nbs/20_inference.ipynb #f04fd117
 def align_up(side:int, step:int)->int:   # 1 ... step pixels to add
-    "What MSNLAN, CSNLN and HSPAN add to a tile's side: up to the next multiple, a full step if it is one already"
+    "What MSNLAN, CSNLN and HSPAN add to a tile's side: to the next multiple, a full step if it is one"
     return step - side%step
 
 # %% ../nbs/20_inference.ipynb #7a2aeb8d
@@ -80,7 +80,8 @@ def chop_tiles(
         done = tall*wide < limit or (tall, wide) == (h, w)
         for r0, r1, oy0, oy1 in cut(h, tall):
             for c0, c1, ox0, ox1 in cut(w, wide):
-                part = (max(own[0], y + oy0), min(own[1], y + oy1), max(own[2], x + ox0), min(own[3], x + ox1))
+                part = (max(own[0], y + oy0), min(own[1], y + oy1), max(own[2], x + ox0),
+                    min(own[3], x + ox1))
                 if done: yield Tile(y + r0, y + r1, x + c0, x + c1, *[scale*p for p in part])
                 else: yield from split(y + r0, x + c0, r1 - r0, c1 - c0, part)
     return list(split(0, 0, height, width, (0, height, 0, width)))
@@ -98,7 +99,8 @@ def in_tiles(
         if t.oy0 >= t.oy1 or t.ox0 >= t.ox1: continue                      # owns nothing
         y = run(x[..., t.y0:t.y1, t.x0:t.x1])
         if out is None: out = y.new_empty(*y.shape[:2], scale*x.shape[2], scale*x.shape[3])
-        out[..., t.oy0:t.oy1, t.ox0:t.ox1] = y[..., t.oy0-scale*t.y0:t.oy1-scale*t.y0, t.ox0-scale*t.x0:t.ox1-scale*t.x0]
+        y0, x0 = scale*t.y0, scale*t.x0                                    # where the tile's output lies
+        out[..., t.oy0:t.oy1, t.ox0:t.ox1] = y[..., t.oy0-y0:t.oy1-y0, t.ox0-x0:t.ox1-x0]
     return out
 
 # %% ../nbs/20_inference.ipynb #3798d4f3
@@ -139,7 +141,8 @@ def enhance(
     weight = next(model.parameters(), torch.empty(0))
     def run(x):
         if tile is None: return model(x)
-        plan = chop_tiles(*x.shape[2:], model.scale, getattr(model, 'system', 'msnlan'), model.task, None if tile == 'chop' else tile)
+        limit, system = None if tile == 'chop' else tile, getattr(model, 'system', 'msnlan')
+        plan = chop_tiles(*x.shape[2:], model.scale, system, model.task, limit)
         return in_tiles(model, x, plan, model.scale)
     with evaluating(model):
         x = x.to(weight.device, weight.dtype)
@@ -156,13 +159,14 @@ def predict(
 )->np.ndarray:                # uint8, (scale*H, scale*W, 3), or (scale*H, scale*W) for a grey picture
     "Super-resolve or restore one picture"
     image = np.asarray(image)
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] != 3 or not image.size:
+    fits = image.ndim == 2 or image.ndim == 3 and image.shape[2] == 3
+    if image.dtype != np.uint8 or not fits or not image.size:
         raise ValueError(f'expected a uint8 picture (H, W) or (H, W, 3), found {image.dtype} {image.shape}')
     run = lambda img: enhance(model, to_tensor(img), tile, self_ensemble)
     if image.ndim == 2:
         return to_image(run(image if model.n_colors == 1 else np.stack([image]*3, -1)).mean(1, keepdim=True))
     if model.n_colors == 3: return to_image(run(image))
-    ycc = image@TO_YCC.T                                                     # Y in 0..255, differences around 0
+    ycc = image@TO_YCC.T  # Y in 0..255, differences around 0
     y = run(ycc[..., 0])[0, 0].double().numpy()*255
     ycc = np.concatenate([y[..., None], imresize(ycc[..., 1:], model.scale)], -1)
     return np.clip(np.round(ycc@np.linalg.inv(TO_YCC).T), 0, 255).astype(np.uint8)
@@ -176,7 +180,8 @@ def resolve_model(
     "The network that a caller names; ValueError if it has another scale"
     if isinstance(model, (str, os.PathLike)) and str(model) not in list_models():
         if not Path(model).is_file():
-            raise ValueError(f"model is {str(model)!r}; expected a weight file or one of bicubic, {', '.join(list_models())}")
+            names = ', '.join(['bicubic', *list_models()])
+            raise ValueError(f'model is {str(model)!r}; expected a weight file or one of {names}')
         model = load_model(model)
     elif isinstance(model, str): model = create_model(model, scale=scale, pretrained=True).eval()
     if scale is not None and model.scale != scale:
@@ -230,7 +235,8 @@ def export_model(
     path = Path(path)
     if path.suffix not in ('.onnx', '.pt2'): raise ValueError(f'{path} should end with .onnx or .pt2')
     x = torch.rand(1, model.n_colors, *(size or (16, 24)), device=next(model.parameters()).device)
-    free = None if size else ({2: torch.export.Dim('height', min=8, max=4096), 3: torch.export.Dim('width', min=8, max=4096)},)
+    free = None if size else ({i: torch.export.Dim(n, min=8, max=4096)
+        for i, n in ((2, 'height'), (3, 'width'))},)
     was = model.training
     try:
         with traceable(model.eval()), torch.no_grad():
@@ -246,6 +252,8 @@ def write_onnx(
 ):
     "Convert an exported program to ONNX; needs the packages onnx and onnxscript"
     try: import onnx, onnxscript
-    except ImportError as e: raise ImportError(f'writing ONNX needs onnx and onnxscript: pip install onnx onnxscript ({e})') from None
-    onnx_program = torch.onnx.export(program, dynamo=True, input_names=['image'], output_names=['output'], verbose=False)
+    except ImportError as e:
+        raise ImportError(f'writing ONNX needs more: pip install onnx onnxscript ({e})') from None
+    names = dict(input_names=['image'], output_names=['output'])
+    onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     onnx_program.save(str(path), external_data=False)

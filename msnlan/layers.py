@@ -87,21 +87,23 @@ class MeanShift(nn.Module):
     ):
         super().__init__()
         if n_colors == 1: mean = (0.299*mean[0] + 0.587*mean[1] + 0.114*mean[2],)
-        self.weight = nn.Parameter(torch.eye(n_colors)[..., None, None], requires_grad=False)  # the identity, always
+        self.weight = nn.Parameter(torch.eye(n_colors)[..., None, None],
+            requires_grad=False)  # the identity, always
         self.bias = nn.Parameter(sign*rgb_range*torch.tensor(mean), requires_grad=False)
 
     def forward(self, x:Tensor)->Tensor: return x + self.bias[:, None, None]
 
 # %% ../nbs/11_layers.ipynb #2b9cbacf
 class Upsampler(nn.Sequential):
-    "conv to f*f times the channels and pixel shuffle by f, for f = 2 (repeated for 4 and 8) or 3; empty for scale 1"
+    "conv to f*f times the channels, pixel shuffle by f; f = 2 (repeated for 4 and 8) or 3; empty for scale 1"
     def __init__(self,
         scale:int,    # 1, 2, 3, 4 or 8
         n_feats:int,  # channels in and out
     ):
         one_of('scale', scale, (1, 2, 3, 4, 8))
         factors = [3] if scale == 3 else [2]*int(math.log2(scale))
-        super().__init__(*[layer for f in factors for layer in (conv(n_feats, f*f*n_feats), nn.PixelShuffle(f))])
+        super().__init__(*[layer for f in factors 
+                           for layer in (conv(n_feats, f*f*n_feats), nn.PixelShuffle(f))])
 
 # %% ../nbs/11_layers.ipynb #835d370f
 def safe_sqrt(
@@ -113,7 +115,7 @@ def safe_sqrt(
 
 # %% ../nbs/11_layers.ipynb #93406327
 class ChannelAttention(nn.Module):
-    "Gate per channel from its mean, or from mean + standard deviation (MSNLAN's CCA); (N, C, H, W) to the same"
+    "Gate per channel from its mean, or mean + standard deviation (MSNLAN's CCA); (N, C, H, W) to the same"
     def __init__(self,
         n_feats:int,          # channels C
         reduction:int=16,     # the hidden layer has C//reduction channels
@@ -121,7 +123,7 @@ class ChannelAttention(nn.Module):
     ):
         super().__init__()
         if n_feats < reduction:
-            raise ValueError(f"n_feats is {n_feats}; channel attention needs at least {reduction} (its reduction)")
+            raise ValueError(f"n_feats is {n_feats}; channel attention needs at least {reduction}")
         self.contrast = contrast
         self.squeeze = nn.Conv2d(n_feats, n_feats//reduction, 1)
         self.excite = nn.Conv2d(n_feats//reduction, n_feats, 1)
@@ -170,7 +172,8 @@ class PatchAttention(nn.Module):
         values,       # (N, c, s*Hk, s*Wk), or a list of them
     )->Tensor:        # (N, c, s*H, s*W)
         return patch_attention(query, keys, values, patch=self.patch, softmax_scale=self.softmax_scale,
-            divisor=self.divisor, normalize_keys=self.normalize_keys, weighting=self.weighting, backend=self.backend)
+            divisor=self.divisor, normalize_keys=self.normalize_keys, weighting=self.weighting,
+                backend=self.backend)
 
     def extra_repr(self)->str:
         return (f'patch={self.patch}, softmax_scale={self.softmax_scale}, divisor={self.divisor}, '
@@ -179,7 +182,7 @@ class PatchAttention(nn.Module):
 # %% ../nbs/11_layers.ipynb #a838016a
 class Network(nn.Module, PyTorchModelHubMixin, library_name='msnlan', license='apache-2.0',
               tags=['super-resolution', 'image-to-image']):
-    "Base of the five systems: `settings` become `.config`, `.scale`, `.task`, `.n_colors`; `features` is the network"
+    "Base of the five systems: `settings` become `.config` and attributes; `features` is the network itself"
     system = ''
     scales, tasks = (2, 3, 4), ('sr',)
 
@@ -191,7 +194,9 @@ class Network(nn.Module, PyTorchModelHubMixin, library_name='msnlan', license='a
         self.n_colors = one_of('n_colors', settings['n_colors'], (1, 3))
         self.rgb_range = positive('rgb_range', settings['rgb_range'])
 
-    def features(self, x:Tensor)->Tensor: # (N, n_colors, H, W) in [0, rgb_range] -> (N, n_colors, scale*H, scale*W)
+    def features(self,
+        x:Tensor, # (N, n_colors, H, W), values in [0, rgb_range]
+    )->Tensor:    # (N, n_colors, scale*H, scale*W)
         "The network in its authors' range of values"
         raise NotImplementedError(f'{type(self).__name__} does not say how it computes')
 
@@ -199,7 +204,8 @@ class Network(nn.Module, PyTorchModelHubMixin, library_name='msnlan', license='a
         x:Tensor, # (N, n_colors, H, W), values in [0, 1], any H, W of at least 1
     )->Tensor:    # (N, n_colors, scale*H, scale*W), not clipped
         if x.ndim != 4 or x.shape[1] != self.n_colors or 0 in x.shape[2:]:
-            raise ValueError(f'{type(self).__name__} expected (N, {self.n_colors}, H, W), found {tuple(x.shape)}')
+            raise ValueError(f'{self.system or type(self).__name__} expected (N, {self.n_colors}, H, W), '
+                             f'found {tuple(x.shape)}')
         return self.features(x*self.rgb_range)/self.rgb_range
 
     def extra_repr(self)->str: return ', '.join(f'{k}={v!r}' for k,v in self.config.items())

@@ -30,9 +30,10 @@ def read_pickle(
     "Read a torch file without running code from it; ValueError for anything but tensors and plain containers"
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
-        raise ValueError(f'{path} refused: it is not a plain state dict of tensors, or loading it would run code '
+        raise ValueError(f'{path} refused: it is no plain state dict, or loading it would run code '
                          f'(expected torch.save(model.state_dict())): {first_line(e)}') from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, AttributeError, TypeError) as e:
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, AttributeError,
+        TypeError) as e:
         raise ValueError(f'{path} cannot be read as a torch file; it is damaged or cut short '
                          f'(fetch it again): {first_line(e)}') from None
 
@@ -77,7 +78,8 @@ def read_state(
     "Tensors and metadata of a weight file or of a state dict"
     if isinstance(source, dict): return unwrap(source), {}
     path = Path(source)
-    if not path.is_file(): raise FileNotFoundError(f'{path} is not a file; expected a .safetensors, .pt or .pth file')
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is not a file; expected a .safetensors, .pt or .pth file')
     if path.suffix == '.safetensors':
         state, metadata = read_safetensors(path)
         return unwrap(state, path), metadata
@@ -103,7 +105,8 @@ MSNLAN_NAMES = {
         **numbered('after', lambda i: f'body.{len(m.before)+1+i}', m.after),
         'last': f'body.{2*len(m.before)+1}', **numbered('mixes', lambda i: f'fusion_list.{i}', m.mixes),
         'upsampler': 'tail.0', 'tail': 'tail.1'},
-    ResidualGroup: lambda m: {**numbered('blocks', lambda i: f'body.{i}', m.blocks), 'conv': f'body.{len(m.blocks)}'},
+    ResidualGroup: lambda m: {**numbered('blocks', lambda i: f'body.{i}', m.blocks),
+        'conv': f'body.{len(m.blocks)}'},
     RMAB: lambda m: {**numbered('convs', lambda i: f'branch{i+1}.0', m.convs), 'fuse': 'fusion',
         'gate.squeeze': 'CCA.conv_du.0', 'gate.excite': 'CCA.conv_du.2'},
     MSNLAB: lambda m: {**numbered('branches', lambda i: f'atten{i+1}', m.branches), 'fuse': 'fusion',
@@ -114,7 +117,8 @@ MSNLAN_NAMES = {
 
 # %% ../../nbs/models/checkpoints.ipynb #bf8d60ed
 CSNLN_NAMES = {
-    CSNLN: lambda m: {'entry': 'sub_mean', 'exit': 'add_mean', 'head.0': 'head.0', 'head.1': 'head.1', 'cell': 'SEM',
+    CSNLN: lambda m: {'entry': 'sub_mean', 'exit': 'add_mean', 'head.0': 'head.0', 'head.1': 'head.1',
+        'cell': 'SEM',
         'tail': 'tail.0'},
     Cell: lambda m: {'stages.0.project': 'multi_source_projection', 'stages.0.down': 'down_sample_1',
         'stages.0.up': 'error_encode', 'down': f'down_sample_{2*len(m.stages)}', 'post': 'post_conv',
@@ -134,7 +138,8 @@ def panet_names(m)->dict:
     half, sr = len(m.before), m.task == 'sr'
     at = [*range(half), *range(half+1, 2*half+1)]
     return {'entry': 'sub_mean', 'exit': 'add_mean', 'head': 'head.0',
-        **numbered('before', lambda i: f'body.{i}', m.before), **numbered('after', lambda i: f'body.{half+1+i}', m.after),
+        **numbered('before', lambda i: f'body.{i}', m.before),
+            **numbered('after', lambda i: f'body.{half+1+i}', m.after),
         'pyramid': ['msa', f'body.{half}'] if sr else f'body.{half}', 'last': f'body.{2*half+1}',
         'upsampler': 'tail.0', 'tail': 'tail.1' if sr else 'tail.0',
         **({} if sr else {'act': [f'body.{i}.body.1' for i in at]})}
@@ -151,7 +156,8 @@ HSPAN_NAMES = {
     HSPAN: lambda m: {'a': 'a', 'entry': 'sub_mean', 'exit': 'add_mean', 'head': 'head.0',
         **numbered('groups', lambda i: f'body.{i}', m.groups), 'last': f'body.{len(m.groups)}',
         'upsampler': 'tail.0', 'tail': 'tail.1'},
-    HSPAModule: lambda m: {**numbered('blocks', lambda i: f'body.{i}', m.blocks), 'attend': f'body.{len(m.blocks)}',
+    HSPAModule: lambda m: {**numbered('blocks', lambda i: f'body.{i}', m.blocks),
+        'attend': f'body.{len(m.blocks)}',
         'conv': f'body.{len(m.blocks)+1}'},
     HSPA: lambda m: {'query': 'conv_match1', 'key': 'conv_match2', 'value': 'conv_assembly'},
 }
@@ -163,7 +169,7 @@ FLOOR = 1e-4  # the constant of key normalisation
 # %% ../../nbs/models/checkpoints.ipynb #46969f4c
 def authors_names(
     module:nn.Module,        # a network or one of its blocks
-)->dict[str, list[str]]:     # our key -> the authors' keys; `...floor` is the constant, in no state dict of ours
+)->dict[str, list[str]]:  # our key -> the authors' keys; `...floor` is the constant, in no state dict of ours
     "What the authors call each tensor of `module`"
     table = NAMES.get(type(module))
     if table is None: return {k:[k] for k in module.state_dict()}
@@ -176,7 +182,8 @@ def authors_names(
         for k, names in inner.items():
             out[f'{ours}.{k}'.strip('.')] = [f'{t}.{n}'.strip('.') for t in theirs for n in names]
     lost = set(module.state_dict()) - set(out)
-    if lost: raise ValueError(f'{type(module).__name__} has tensors without an authors\' name: {sorted(lost)[:3]}')
+    if lost:
+        raise ValueError(f'{type(module).__name__} has tensors without an authors\' name: {sorted(lost)[:3]}')
     return out
 
 # %% ../../nbs/models/checkpoints.ipynb #4e773485
@@ -205,9 +212,12 @@ def check_state(
         if t.shape != want[k].shape:
             raise ValueError(f'the weights do not fit {type(model).__name__}: {show(k)} is {tuple(t.shape)}, '
                              f'expected {tuple(want[k].shape)}')
-        if not t.isfinite().all(): raise ValueError(f'{show(k)} has values that are not finite; the file is damaged')
-        if k in ('entry.bias', 'exit.bias') and not torch.allclose(t.float(), want[k].float().cpu(), rtol=1e-3):
-            raise ValueError(f'{show(k)} is {t.tolist()}, expected {want[k].tolist()}: weights for another rgb_range?')
+        if not t.isfinite().all():
+            raise ValueError(f'{show(k)} has values that are not finite; the file is damaged')
+        shift = want[k].float().cpu() if k in ('entry.bias', 'exit.bias') else None
+        if shift is not None and not torch.allclose(t.float().cpu(), shift, rtol=1e-3):
+            raise ValueError(f'{show(k)} is {t.tolist()}, expected {shift.tolist()}: '
+                             'weights for another rgb_range?')
 
 # %% ../../nbs/models/checkpoints.ipynb #c1801fe2
 def from_authors(
@@ -221,15 +231,17 @@ def from_authors(
     out = {}
     for ours, (first, *more) in names.items():
         for n in more:
-            if not torch.equal(state[first], state[n]): raise ValueError(f'{first} and {n} should be one tensor and differ')
+            if not torch.equal(state[first], state[n]):
+                raise ValueError(f'{first} and {n} should be one tensor and differ')
         out[ours] = state[first]
     for k in [k for k in out if k.endswith('floor')]:
         t = out.pop(k)
-        if t.numel() != 1 or abs(t.item()/FLOOR - 1) > 1e-3: raise ValueError(f'{names[k][0]} is {t.tolist()}; expected {FLOOR}')
+        if t.numel() != 1 or abs(t.item()/FLOOR - 1) > 1e-3:
+            raise ValueError(f'{names[k][0]} is {t.tolist()}; expected {FLOOR}')
     check_state(out, model, names)
     for k in 'entry.weight', 'exit.weight':                   # a mean shift adds; its matrix is not used
         if k in out and not torch.equal(out[k].float(), torch.eye(len(out[k]))[..., None, None]):
-            raise ValueError(f'{names[k][0]} is not the identity; expected the frozen mean shift of the authors')
+            raise ValueError(f'{names[k][0]} is not the identity; expected the frozen mean shift')
     return out
 
 # %% ../../nbs/models/checkpoints.ipynb #0cf1a4be
@@ -283,8 +295,10 @@ def infer_csnln(state:dict)->dict:
     "Configuration of an authors' CSNLN checkpoint"
     n_feats, n_colors = state['head.0.0.weight'].shape[:2]
     three = state['SEM.multi_source_projection.upsample.0.weight'].shape[-1] == 9
-    return dict(scale=4 if count(state, r'SEM\.(multi_source_projection_2)') else 3 if three else 2, n_feats=n_feats,
-        depth=state['tail.0.weight'].shape[1]//n_feats, rgb_range=shift_range(state, DIV2K_MEAN), n_colors=n_colors)
+    return dict(scale=4 if count(state, r'SEM\.(multi_source_projection_2)') else 3 if three else 2,
+        n_feats=n_feats,
+        depth=state['tail.0.weight'].shape[1]//n_feats, rgb_range=shift_range(state, DIV2K_MEAN),
+            n_colors=n_colors)
 
 # %% ../../nbs/models/checkpoints.ipynb #60254e45
 def infer_panet(state:dict)->dict:
@@ -292,7 +306,8 @@ def infer_panet(state:dict)->dict:
     n_feats, n_colors = state['head.0.weight'].shape[:2]
     sr = count(state, r'(msa)\.') > 0
     match = next(v for k,v in state.items() if k.endswith('conv_match_L_base.0.weight'))
-    return dict(task='sr' if sr else 'dejpeg' if n_colors == 1 else 'denoise', scale=upsampler_scale(state) if sr else 1,
+    return dict(task='sr' if sr else 'dejpeg' if n_colors == 1 else 'denoise',
+        scale=upsampler_scale(state) if sr else 1,
         n_feats=n_feats, n_resblocks=count(state, r'body\.(\d+)\.body\.0\.weight'), n_colors=n_colors,
         pa_reduction=n_feats//match.shape[0], rgb_range=shift_range(state, DIV2K_MEAN))
 
@@ -301,7 +316,8 @@ def infer_hspan(state:dict)->dict:
     "Configuration of an authors' HSPAN checkpoint"
     n_feats, n_colors = state['head.0.weight'].shape[:2]
     match = next(v for k,v in state.items() if k.endswith('conv_match1.0.weight'))
-    return dict(scale=upsampler_scale(state), n_feats=n_feats, n_resgroups=count(state, r'body\.(\d+)\.body\.0\.body'),
+    return dict(scale=upsampler_scale(state), n_feats=n_feats,
+        n_resgroups=count(state, r'body\.(\d+)\.body\.0\.body'),
         n_resblocks=count(state, r'body\.0\.body\.(\d+)\.body\.0'), reduction=n_feats//match.shape[0],
         rgb_range=shift_range(state, DIV2K_MEAN), n_colors=n_colors)
 
@@ -325,8 +341,8 @@ def infer_config(
     "System and configuration of an authors' checkpoint; ValueError if it is none or lacks what tells"
     system = system_of(state)
     if system not in INFER:
-        raise ValueError(f'the names fit none of {", ".join(INFER)}; first names: {", ".join(list(state)[:3])}')
+        raise ValueError(f'names fit none of {", ".join(INFER)}; first names: {", ".join(list(state)[:3])}')
     try: return system, INFER[system](state)
     except (KeyError, IndexError, ZeroDivisionError, ValueError, StopIteration) as e:
-        raise ValueError(f'a {system} checkpoint without the tensors that tell its configuration: {first_line(e)} '
-                         '(damaged or changed; create the model and use load_weights to see what differs)') from None
+        raise ValueError(f'a {system} checkpoint lacks tensors that tell its configuration: {first_line(e)} '
+                         '(create the model and use load_weights to see what differs)') from None

@@ -56,8 +56,10 @@ class InScaleAttention(nn.Module):
         q, k, v = self.query(x), self.key(x), self.value(x)
         if self.regions == 1: return self.attention(q, k, v)
         rows, cols = min(self.regions, x.shape[2]), min(self.regions, x.shape[3])
-        parts = [[t.tensor_split(cols, 3) for t in strip] for strip in zip(*[t.tensor_split(rows, 2) for t in (q, k, v)])]
-        return torch.cat([torch.cat([self.attention(*part) for part in zip(*strip)], 3) for strip in parts], 2)
+        strips = zip(*[t.tensor_split(rows, 2) for t in (q, k, v)])
+        strips = [zip(*[t.tensor_split(cols, 3) for t in strip])
+            for strip in strips]  # (q, k, v) of each part
+        return torch.cat([torch.cat([self.attention(*part) for part in strip], 3) for strip in strips], 2)
 
 # %% ../../nbs/models/csnln.ipynb #8e5147bb
 class CrossScaleAttention(nn.Module):
@@ -126,8 +128,8 @@ class Cell(nn.Module):
         **options,   # regions, fusion
     ):
         super().__init__()
-        f = 3 if scale == 3 else 2
-        self.stages = nn.ModuleList([Stage(n_feats, f, t, **options) for t in ([2, 4] if scale == 4 else [scale])])
+        f, totals = 3 if scale == 3 else 2, [2, 4] if scale == 4 else [scale]
+        self.stages = nn.ModuleList([Stage(n_feats, f, total, **options) for total in totals])
         self.down, self.post = Down(n_feats, scale), Embedding(n_feats, n_feats, 3)
 
     def forward(self, x:Tensor)->tuple[Tensor, Tensor]:

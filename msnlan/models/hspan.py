@@ -9,7 +9,8 @@ __all__ = ['HSPA', 'HSPAModule', 'HSPAN']
 import torch
 from torch import nn, Tensor
 
-from ..layers import (Embedding, MeanShift, Network, PatchAttention, ResidualBlock, Upsampler, conv, one_of,
+from ..layers import (Embedding, MeanShift, Network, PatchAttention, ResidualBlock, Upsampler, conv,
+    one_of,
                            positive, whole)
 
 # %% ../../nbs/models/hspan.ipynb #9d229edf
@@ -64,14 +65,16 @@ class HSPAN(Network):
         n_colors:int=3,           # 3, or 1 for grey pictures
     ):
         super().__init__(dict(scale=scale, n_feats=n_feats, n_resgroups=n_resgroups, n_resblocks=n_resblocks,
-            reduction=reduction, topk=topk, res_scale=res_scale, rgb_range=rgb_range, weighting=weighting, n_colors=n_colors))
+            reduction=reduction, topk=topk, res_scale=res_scale, rgb_range=rgb_range, weighting=weighting,
+                n_colors=n_colors))
         self.check(n_feats, n_resgroups, n_resblocks, reduction, topk, res_scale, weighting)
         self.entry, self.exit = [MeanShift(sign, rgb_range, n_colors=n_colors) for sign in (-1, 1)]
         self.a = nn.Parameter(torch.zeros(1))                              # in the checkpoints, unused
         self.head = conv(n_colors, n_feats)
-        self.groups = nn.Sequential(*[HSPAModule(n_feats, n_resblocks, res_scale, reduction=reduction, weighting=weighting)
-                                        for _ in range(n_resgroups)])
-        self.last, self.upsampler, self.tail = conv(n_feats, n_feats), Upsampler(scale, n_feats), conv(n_feats, n_colors)
+        group = lambda: HSPAModule(n_feats, n_resblocks, res_scale, reduction=reduction, weighting=weighting)
+        self.groups = nn.Sequential(*[group() for _ in range(n_resgroups)])
+        self.last, self.upsampler = conv(n_feats, n_feats), Upsampler(scale, n_feats)
+        self.tail = conv(n_feats, n_colors)
 
     def check(self, n_feats, n_resgroups, n_resblocks, reduction, topk, res_scale, weighting):
         "Refuse what the network cannot be built from"

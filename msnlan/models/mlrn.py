@@ -59,7 +59,8 @@ class RegionNonLocal(nn.Module):
     def forward(self, x:Tensor)->Tensor:
         maps, r = (self.query(x), self.key(x), self.value(x)), self.region
         rows = zip(*[m.split(r, 2) for m in maps])
-        y = [torch.cat([self.attention(*part) for part in zip(*[m.split(r, 3) for m in row])], 3) for row in rows]
+        rows = [zip(*[m.split(r, 3) for m in row]) for row in rows]           # (q, k, v) of each region
+        y = [torch.cat([self.attention(*part) for part in row], 3) for row in rows]
         return x + self.out(torch.cat(y, 2))
 
 # %% ../../nbs/models/mlrn.ipynb #9ade17d7
@@ -111,7 +112,8 @@ class AttentionModule(nn.Module):
         steps:int=5,      # of the second-order attention
     ):
         super().__init__()
-        self.nonlocal_, self.second = RegionNonLocal(n_feats, region), SecondOrderAttention(n_feats, reduction, steps)
+        self.nonlocal_ = RegionNonLocal(n_feats, region)
+        self.second = SecondOrderAttention(n_feats, reduction, steps)
         self.fuse = conv(2*n_feats, n_feats, 1)
 
     def forward(self, x:Tensor)->Tensor:
@@ -149,8 +151,10 @@ class MLRN(Network):
         rgb_range:float=1,       # largest value of a picture inside the network
         n_colors:int=3,          # 3, or 1 for a luma network
     ):
-        super().__init__(dict(scale=scale, n_feats=n_feats, n_modules=n_modules, n_shallow=n_shallow, region=region,
-            reduction=reduction, newton_steps=newton_steps, msff_residual=msff_residual, image_skip=image_skip,
+        super().__init__(dict(scale=scale, n_feats=n_feats, n_modules=n_modules, n_shallow=n_shallow,
+            region=region,
+            reduction=reduction, newton_steps=newton_steps, msff_residual=msff_residual,
+                image_skip=image_skip,
             rgb_range=rgb_range, n_colors=n_colors))
         self.check(self.config)
         self.entry, self.exit = [MeanShift(sign, rgb_range, n_colors=n_colors) for sign in (-1, 1)]
@@ -171,4 +175,5 @@ class MLRN(Network):
         y = self.exit(self.tail(self.upsampler(y + f)))
         if not self.config['image_skip']: return y
         size = [self.scale*n for n in x.shape[2:]]
-        return y + F.interpolate(x, size=size, mode='bicubic', align_corners=False) - self.exit.bias[:, None, None]
+        bicubic = F.interpolate(x, size=size, mode='bicubic', align_corners=False)
+        return y + bicubic - self.exit.bias[:, None, None]

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..layers import (ChannelAttention, Embedding, MeanShift, MSNLAN_MEAN, Network, PatchAttention, Upsampler,
+from ..layers import (ChannelAttention, Embedding, MeanShift, MSNLAN_MEAN, Network, PatchAttention,
+    Upsampler,
                            conv, positive, whole)
 
 # %% ../../nbs/models/msnlan.ipynb #60e9f2ce
@@ -100,7 +101,8 @@ class MSNLAN(Network):
         n_colors:int=3,          # 3, or 1 for grey pictures
     ):
         super().__init__(dict(scale=scale, n_feats=n_feats, n_resgroups=n_resgroups, n_resblocks=n_resblocks,
-            rgb_range=rgb_range, res_scale=res_scale, patches=patches, softmax_scale=softmax_scale, n_colors=n_colors))
+            rgb_range=rgb_range, res_scale=res_scale, patches=patches, softmax_scale=softmax_scale,
+                n_colors=n_colors))
         self.check(n_feats, n_resgroups, n_resblocks, patches, softmax_scale)
         half = n_resgroups//2
         group = lambda: ResidualGroup(n_feats, n_resblocks)
@@ -117,11 +119,14 @@ class MSNLAN(Network):
 
     def check(self, n_feats, n_resgroups, n_resblocks, patches, softmax_scale):
         "Refuse what the network cannot be built from"
-        whole('n_feats', n_feats, 16); whole('n_resblocks', n_resblocks); positive('softmax_scale', softmax_scale)
+        whole('n_feats', n_feats, 16); whole('n_resblocks', n_resblocks)
+        positive('softmax_scale', softmax_scale)
         if whole('n_resgroups', n_resgroups, 2)%2:
-            raise ValueError(f'n_resgroups is {n_resgroups}; expected an even number (half before, half after the attention)')
+            raise ValueError(f'n_resgroups is {n_resgroups}; expected an even number '
+                             '(half before, half after the attention)')
         for p in patches:
-            if not whole('patches', p)%2: raise ValueError(f'patches has {p}; expected odd patch sizes such as (3, 5, 7)')
+            if not whole('patches', p)%2:
+                raise ValueError(f'patches has {p}; expected odd patch sizes such as (3, 5, 7)')
 
     def first_half(self, x:Tensor)->Tensor:
         "The groups before the attention, gathered: u of (N, C, H, W)"

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from ..layers import (Embedding, MeanShift, Network, PatchAttention, ResidualBlock, Upsampler, conv, one_of,
+from ..layers import (Embedding, MeanShift, Network, PatchAttention, ResidualBlock, Upsampler, conv,
+    one_of,
                            positive, whole)
 
 # %% ../../nbs/models/panet.ipynb #d238db20
@@ -86,27 +87,31 @@ class PANet(Network):
     ):
         given = dict(scale=scale, n_feats=n_feats, n_resblocks=n_resblocks, res_scale=res_scale,
                      pa_reduction=pa_reduction, n_colors=n_colors)
-        c = {k:v if given[k] is None else given[k] for k,v in DEFAULTS[one_of('task', task, self.tasks)].items()}
-        c |= dict(task=task, rgb_range=rgb_range, pa_channel=c['n_feats'] if pa_channel is None else pa_channel,
-                  levels=levels, legacy_resize=legacy_resize,
-                  pa_res_scale=(c['res_scale'] if task == 'sr' else 1) if pa_res_scale is None else pa_res_scale)
+        defaults = DEFAULTS[one_of('task', task, self.tasks)]
+        c = {k:v if given[k] is None else given[k] for k,v in defaults.items()}
+        if pa_channel is None: pa_channel = c['n_feats']
+        if pa_res_scale is None: pa_res_scale = c['res_scale'] if task == 'sr' else 1
+        c |= dict(task=task, rgb_range=rgb_range, levels=levels, legacy_resize=legacy_resize,
+                  pa_channel=pa_channel, pa_res_scale=pa_res_scale)
         super().__init__(c)
         self.check(c)
         self.build(**c)
 
     def check(self, c:dict):
         "Refuse what the network cannot be built from"
-        whole('n_feats', c['n_feats'], 2); whole('n_resblocks', c['n_resblocks'], 2); positive('res_scale', c['res_scale'])
+        whole('n_feats', c['n_feats'], 2); whole('n_resblocks', c['n_resblocks'], 2)
+        positive('res_scale', c['res_scale'])
         one_of('levels', c['levels'], tuple(range(1, 11))); whole('pa_reduction', c['pa_reduction'])
-        one_of('pa_channel', c['pa_channel'], (c['n_feats'],)); one_of('legacy_resize', c['legacy_resize'], (True, False))
+        one_of('pa_channel', c['pa_channel'], (c['n_feats'],))
+        one_of('legacy_resize', c['legacy_resize'], (True, False))
         if c['pa_reduction'] > c['n_feats']:
-            raise ValueError(f"pa_reduction is {c['pa_reduction']}; expected at most n_feats = {c['n_feats']}")
+            raise ValueError(f"pa_reduction is {c['pa_reduction']}; expected at most n_feats, {c['n_feats']}")
 
     def build(self, n_feats, n_resblocks, res_scale, pa_reduction, pa_res_scale, n_colors, rgb_range, levels,
               legacy_resize, **_):
         "The layers, head to tail"
         blocks = lambda: nn.ModuleList([ResidualBlock(n_feats, res_scale) for _ in range(n_resblocks//2)])
-        shift_colors = n_colors if self.task == 'sr' else 3                # unused in restoration, always three there
+        shift_colors = n_colors if self.task == 'sr' else 3  # unused in restoration, always three there
         self.entry, self.exit = [MeanShift(sign, rgb_range, n_colors=shift_colors) for sign in (-1, 1)]
         self.head, self.before = conv(n_colors, n_feats), blocks()
         self.pyramid = PyramidAttention(n_feats, pa_reduction, levels, pa_res_scale, legacy_resize)

@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from safetensors.torch import save
 
 from ..layers import Network
-from .checkpoints import authors_names, check_state, from_authors, infer_config, read_state, system_of
+from .checkpoints import check_state, from_authors, infer_config, read_state, system_of
 from .csnln import CSNLN
 from .hspan import HSPAN
 from .mlrn import MLRN
@@ -60,7 +60,8 @@ def create_model(
     cls, defaults = resolve(name)
     accepted = list(inspect.signature(cls.__init__).parameters)[1:]
     unknown = [k for k in config if k not in accepted]
-    if unknown: raise ValueError(f"{name} does not know {', '.join(unknown)}; it accepts {', '.join(accepted)}")
+    if unknown:
+        raise ValueError(f"{name} does not know {', '.join(unknown)}; it accepts {', '.join(accepted)}")
     model = cls(**{**defaults, **config})
     return load_pretrained(model, name) if pretrained else model
 
@@ -84,7 +85,9 @@ def match_config(
     "ValueError unless the model has the configuration that the file was saved with"
     config = json.loads(read_state(path)[1]['config'])
     differ = [f'{k}={v!r}' for k,v in config.items() if model.config.get(k) != v]
-    if differ: raise ValueError(f"the weights in {Path(path).name} were trained with {', '.join(differ)}; leave these as they are")
+    if differ:
+        raise ValueError(f"the weights in {Path(path).name} were trained with {', '.join(differ)}; "
+                         'leave these keywords as they are')
     return model
 
 # %% ../../nbs/models/zoo.ipynb #e7a9d018
@@ -147,7 +150,7 @@ def load_model(
     if 'system' in metadata and 'config' in metadata:
         system, found = metadata['system'], json.loads(metadata['config'])
     elif metadata or not system_of(state):
-        raise ValueError(f'{path if not isinstance(path, dict) else "the state dict"} does not say which model it is '
-                         'for; create the model and use load_weights')
+        where = 'the state dict' if isinstance(path, dict) else path
+        raise ValueError(f'{where} does not say which model it is for; create the model and use load_weights')
     else: system, found = infer_config(state)
     return load_weights(create_model(system, **{**found, **config}), state).eval()
