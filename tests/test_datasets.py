@@ -7,12 +7,18 @@ from msnlan.datasets import (PatchDataset, Picture, dihedral, find_dataset, find
 from msnlan.images import imread, imresize, imwrite, modcrop
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch): monkeypatch.setenv('MSNLAN_OFFLINE', '1')    # tests/test_fetch.py has the network
+
+
 PICS = [Picture(f'p{i}', array=RNG.integers(0, 256, (60 + 7*i, 50 + 9*i, 3), np.uint8)) for i in range(4)]
 
 
 @pytest.mark.parametrize('name,n', [
     ('Set5', 5), ('set14', 14), ('BSD100', 100), ('Urban100:50', 50), ('McMaster18', 18), ('Classic5', 5),
-    ('Set12', 12), ('BSDS400', 399), ('T91', 91), ('SunHays80_odd', 40)])
+    ('Set12', 12), ('CBSD68', 68), ('BSD68:3', 3), ('BSDS400', 399), ('T91', 91), ('SunHays80_odd', 40)])
 def test_layout_of_the_pack(data_root, name, n):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
