@@ -1,4 +1,4 @@
-"""Scores of whole sets against published tables, per picture and in the mean; logs, intervals, foreign pictures."""
+"""Scores of whole sets against published tables; logs, intervals, foreign pictures."""
 import warnings
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
@@ -41,7 +41,8 @@ def test_bicubic_means_and_pictures(shared, data_root, name, scale):
         assert np.abs(got.ssim.values - there.ssim.values).max() < 1e-5
 
 
-@pytest.mark.parametrize('name,scale', FAST + SLOW)
+# Of Urban100 only x4: at x2 their pictures have half the size, x3 they do not have
+@pytest.mark.parametrize('name,scale', FAST + SLOW[:3] + SLOW[5:])
 def test_selfexsr_bicubic_per_picture(shared, data_root, name, scale):
     "The edge rule of old MATLAB meets another group's numbers"
     got = bicubic(name, scale, data_root, protocol='png', boundary='replicate')
@@ -50,11 +51,10 @@ def test_selfexsr_bicubic_per_picture(shared, data_root, name, scale):
     theirs = 'BSD100' if name == 'B100' else name
     pub = pub[(pub.dataset == theirs) & (pub.scale == scale) & (pub.method == 'Bicubic')].set_index('image')
     ids = names[names.dataset == theirs].set_index('name').selfexsr_id
-    ours = per_picture(shared, name, scale, 'png-rep')
-    for r in got.itertuples():
-        assert abs(r.psnr - ours.psnr[r.picture]) < 1e-5 and abs(r.ssim - ours.ssim[r.picture]) < 1e-5
-        theirs_id = ids.get(r.picture, r.picture)
-        if theirs_id in pub.index: assert abs(r.psnr - pub.psnr[theirs_id]) < 5e-3, r.picture
+    rows = [(r, pub.loc[ids.get(r.picture, r.picture)]) for r in got.itertuples()]
+    assert len(rows) >= 5
+    assert max(abs(r.psnr - p.psnr) for r, p in rows) < 1e-4
+    assert max(abs(r.ssim - p.ssim) for r, p in rows) < 1e-5
 
 
 def test_imdn_folder_and_its_names(shared, data_root, tmp_path):
@@ -127,7 +127,7 @@ def test_set14_spends_its_time_in_the_network(data_root):
     import time
     net, start = Net(4).eval(), time.perf_counter()
     t = evaluate(net, 'Set14', scale=4, data_root=data_root, progress=False)
-    assert t.seconds.sum() > 0.2*(time.perf_counter() - start)      # a net of 0.1 M; see the notebook for the share
+    assert t.seconds.sum() > 0.2*(time.perf_counter() - start)             # 0.1 M parameters: the hardest case
 
 
 def test_log_is_resumed_and_guarded(tmp_path):
