@@ -67,7 +67,7 @@ def sparsemax(
 )->Tensor:         # weights, (..., L): non-negative, rows sum to one, many exactly zero
     "Euclidean projection of each row on the simplex (Martins and Astudillo 2016; HSPAN's soft threshold)"
     v = score - score.amax(-1, keepdim=True).detach()
-    fast = v.device.type == 'cpu' and v.numel() > 2**16 and not torch.compiler.is_exporting() and has_numba()
+    fast = not torch.compiler.is_exporting() and v.device.type == 'cpu' and v.numel() > 2**16 and has_numba()
     support = v.detach() > (_compiled_thresholds if fast else _sorted_thresholds)(v.detach())
     total, k = torch.where(support, v, 0).sum(-1, keepdim=True), support.sum(-1, keepdim=True)
     return torch.where(support, v - (total - 1)/k, 0).clamp_min(0)
@@ -192,8 +192,9 @@ class _Strips(torch.autograd.Function):
             part = [t.detach().requires_grad_(n) for t, n in zip(part, need)]
             with torch.enable_grad():
                 out = _plain(part[0], part[1:ctx.count+1], part[ctx.count+1:], *ctx.options)
+                out = out[..., s*(u-lo):s*(v-lo), :]
             wanted = [t for t, n in zip(part, need) if n]
-            found = iter(torch.autograd.grad(out[..., s*(u-lo):s*(v-lo), :], wanted, grad[..., s*u:s*v, :]))
+            found = iter(torch.autograd.grad(out, wanted, grad[..., s*u:s*v, :]))
             for i, t in enumerate(total):
                 if t is not None: (t[..., lo:hi, :] if i == 0 else t).add_(next(found))
         return None, None, None, *total
