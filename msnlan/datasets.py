@@ -92,8 +92,8 @@ def _fetch_missing(
         try: return fetch(info.name, root)
         except (OSError, ValueError) as e: why = str(e)
     raise FileNotFoundError(
-        f'expected {info.pictures} pictures of {info.name} in {root/info.folder}, found none; run `msnlan data fetch '
-        f'{info.name}`, or put the files there (`msnlan data list` says where from). Not fetched now: {why}')
+        f'expected {info.pictures} pictures of {info.name} in {root/info.folder}, found none; run `msnlan data '
+        f'fetch {info.name}`, or put the files there (`msnlan data list` says where from). Not fetched now: {why}')
 
 # %% ../nbs/03_datasets.ipynb #5f7031ae
 def dihedral(

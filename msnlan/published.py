@@ -25,7 +25,7 @@ def read_published(
         t = pd.read_csv(f)
         if not {'task', 'method', 'dataset', 'setting', 'psnr_db', 'ssim', 'source'} <= set(t): continue
         bare = t.source.isna() | (t.source.astype(str).str.strip() == '')
-        if bare.any(): raise ValueError(f'expected a source for every row of {f.name}, found {int(bare.sum())} bare')
+        if bare.any(): raise ValueError(f'expected a source for every row of {f.name}, {bare.sum()} bare')
         parts.append(t.rename(columns=dict(psnr_db='psnr')).assign(file=f.name).reindex(columns=PUBLISHED))
     if not parts: raise ValueError(f'expected csv files with published scores in {folder}, found none')
     table = pd.concat(parts, ignore_index=True)
