@@ -29,25 +29,28 @@ def _as_levels(query, keys, values, patch, weighting):
     if weighting not in ('softmax', 'sparsemax'):
         raise ValueError(f"weighting must be 'softmax' or 'sparsemax', found {weighting!r}")
     if not keys or len(keys) != len(values):
-        raise ValueError(f"expected as many levels of values as of keys, found {len(keys)} keys, {len(values)} values")
+        raise ValueError(f"expected as many levels of values as of keys, found {len(keys)} and {len(values)}")
     s = values[0].shape[-2] // keys[0].shape[-2]
     for k, v in zip(keys, values):
         if k.shape[:2] != query.shape[:2]:
-            raise ValueError(f"query and keys must agree in (N, c'), found {tuple(query.shape)} and {tuple(k.shape)}")
+            raise ValueError("query and keys must agree in (N, c'), found "
+                             f"{tuple(query.shape)} and {tuple(k.shape)}")
         if v.shape[0] != k.shape[0] or v.shape[1] != values[0].shape[1] or s < 1 \
                 or (v.shape[-2], v.shape[-1]) != (s*k.shape[-2], s*k.shape[-1]):
-            raise ValueError(f"values must be (N, c, s*Hk, s*Wk) for keys {tuple(k.shape)} with one integer s, "
-                             f"found {tuple(v.shape)}")
+            raise ValueError(f"values must be (N, c, s*Hk, s*Wk) for keys {tuple(k.shape)} "
+                             f"with one integer s, found {tuple(v.shape)}")
     return keys, values, s
 
 # %% ../nbs/10_attention.ipynb #813fe16b
-def _sorted_thresholds(v):
-    "Sparsemax threshold of each row, by sorting"
-    u = v.sort(-1, descending=True).values
-    k = torch.arange(1, v.shape[-1]+1, device=v.device, dtype=v.dtype)
+def _sorted_thresholds(v, topk=128):
+    "Sparsemax threshold of each row from its largest entries; from all of them where the support is larger (HSPAN)"
+    if torch.compiler.is_exporting() or topk >= v.shape[-1]: u = v.sort(-1, descending=True).values
+    else: u = v.topk(topk, -1).values
+    k = torch.arange(1, u.shape[-1]+1, device=v.device, dtype=v.dtype)
     total = u.cumsum(-1)
-    support = (1 + k*u > total).sum(-1, keepdim=True)                       # largest k that keeps entry k positive
-    return (total.gather(-1, support-1) - 1)/support
+    support = (1 + k*u > total).sum(-1, keepdim=True)          # largest k that keeps entry k positive
+    short = not torch.compiler.is_exporting() and u.shape[-1] < v.shape[-1] and (support == topk).any()
+    return _sorted_thresholds(v, v.shape[-1]) if short else (total.gather(-1, support-1) - 1)/support
 
 # %% ../nbs/10_attention.ipynb #ec716741
 @torch.compiler.disable
@@ -63,11 +66,13 @@ def _compiled_thresholds(v):
 
 # %% ../nbs/10_attention.ipynb #f1d3a9f3
 def sparsemax(
-    score:Tensor,  # similarity, (..., L)
-)->Tensor:         # weights, (..., L): non-negative, rows sum to one, many exactly zero
+    score:Tensor,        # similarity, (..., L)
+    compiled:bool=True,  # use the compiled loop where numba is installed
+)->Tensor:               # weights, (..., L): non-negative, rows sum to one, many exactly zero
     "Euclidean projection of each row on the simplex (Martins and Astudillo 2016; HSPAN's soft threshold)"
     v = score - score.amax(-1, keepdim=True).detach()
-    fast = not torch.compiler.is_exporting() and v.device.type == 'cpu' and v.numel() > 2**16 and has_numba()
+    fast = not torch.compiler.is_exporting() and v.device.type == 'cpu' and v.numel() > 2**16
+    fast = fast and compiled and has_numba()
     support = v.detach() > (_compiled_thresholds if fast else _sorted_thresholds)(v.detach())
     total, k = torch.where(support, v, 0).sum(-1, keepdim=True), support.sum(-1, keepdim=True)
     return torch.where(support, v - (total - 1)/k, 0).clamp_min(0)
@@ -76,16 +81,17 @@ def sparsemax(
 def weigh(
     score:Tensor,             # similarity, (..., L)
     weighting:str='softmax',  # 'softmax' or 'sparsemax'
+    compiled:bool=True,       # sparsemax by the compiled loop where numba is installed
 )->Tensor:                    # weights, (..., L); rows sum to one
     "Each query spreads one unit of attention over its L keys"
-    return score.softmax(-1) if weighting == 'softmax' else sparsemax(score)
+    return score.softmax(-1) if weighting == 'softmax' else sparsemax(score, compiled)
 
 # %% ../nbs/10_attention.ipynb #e23e6fb8
 def key_norm(
     key:Tensor,  # keys, (N, c', H, W)
     patch:int,   # patch size p
 )->Tensor:       # (N, 1, H, W): Euclidean norm of the zero-padded patch around each key, at least 1e-4
-    "Norm of every key patch; the square is clamped before the root, so that the gradient of a zero patch is 0, not NaN"
+    "Norm of every key patch; clamped before the root, so that the gradient of a zero patch is 0, not NaN"
     box = torch.ones(1, 1, patch, patch, dtype=key.dtype, device=key.device)
     square = F.conv2d(key.square().sum(1, keepdim=True), box, padding=patch//2)
     return square.clamp_min(NORM_FLOOR**2).sqrt()
@@ -102,7 +108,7 @@ def patch_attention_reference(
     weighting:str='softmax',    # 'softmax' or 'sparsemax', over the keys of all levels together
     backend:str='auto',         # not used: same signature as `patch_attention`
 )->Tensor:                      # (N, c, s*H, s*W)
-    "Patch attention by its definition, with convolutions; any dtype, memory p*p times the keys plus the whole map"
+    "Patch attention by its definition, with convolutions; any dtype; memory: p*p keys and the whole map"
     keys, values, s = _as_levels(query, keys, values, patch, weighting)
     r, p, out = patch//2, patch, []
     for n in range(query.shape[0]):
@@ -114,7 +120,7 @@ def patch_attention_reference(
             v = F.unfold(value[n:n+1], s*p, padding=s*r, stride=s)          # (1, c*sp*sp, L)
             pastes.append(v[0].T.reshape(-1, value.shape[1], s*p, s*p))
         score = softmax_scale * F.conv2d(query[n:n+1], torch.cat(kernels), padding=r)   # (1, L, H, W)
-        weight = weigh(score.movedim(1, -1), weighting).movedim(-1, 1)
+        weight = weigh(score.movedim(1, -1), weighting, compiled=False).movedim(-1, 1)
         out.append(F.conv_transpose2d(weight, torch.cat(pastes), stride=s, padding=s*r))
     return torch.cat(out) / divisor
 
@@ -128,14 +134,14 @@ def diagonal_sum(
     x = F.pad(x, (radius,)*4)
     return sum(x[..., d:d+I, d:d+J] for d in range(2*radius+1))
 
-# %% ../nbs/10_attention.ipynb #584e66f9
+# %% ../nbs/10_attention.ipynb #3ea10682
 def box_scores(
     x:Tensor,    # (N, H, W, Hk, Wk): a value per query pixel and key pixel
     radius:int,  # r
 )->Tensor:       # same shape, summed over the common displacement d in [-r, r]^2
     "The operator B: rows first, then columns"
-    x = diagonal_sum(x.transpose(2, 3), radius)                             # wrong axes last: (H, Hk, W, Wk) -> W, Wk
-    x = diagonal_sum(x.permute(0, 3, 4, 1, 2), radius)                      # (W, Wk, H, Hk)
+    x = diagonal_sum(x.transpose(2, 3), radius)                         # (N, H, Hk, W, Wk)
+    x = diagonal_sum(x.permute(0, 3, 4, 1, 2), radius)                      # (N, W, Wk, H, Hk)
     return x.permute(0, 3, 1, 4, 2)
 
 # %% ../nbs/10_attention.ipynb #fe5898b0
@@ -209,14 +215,15 @@ def _choose(query, keys, patch, weighting):
     entries = query.shape[-2]*query.shape[-1]*sum(k.shape[-2]*k.shape[-1] for k in keys)
     if query.device.type == 'cpu' and entries*query.shape[0] < 2**17: return 'plain'
     walk = query.device.type == 'cpu' and weighting == 'softmax' and patch <= 31 and has_numba()
-    return 'numba' if walk else 'strips'
+    if walk: return 'numba'
+    return 'plain' if query.device.type == 'cpu' and entries*query.shape[0] < 2**24 else 'strips'  # 64 MB a map
 
 # %% ../nbs/10_attention.ipynb #7cc087b4
 @torch.compiler.disable
 def _walk(query, keys, values, s, patch, softmax_scale, divisor, normalize_keys, weighting):
     "The compiled diagonal walk; an s x s cell of values becomes s*s channels"
     if weighting != 'softmax' or patch > 31 or query.device.type != 'cpu':
-        raise ValueError("backend 'numba' does softmax with patch <= 31 on a CPU; use backend='auto' or 'strips'")
+        raise ValueError("backend 'numba' does softmax, patch <= 31, on a CPU; use 'auto' or 'strips'")
     from msnlan.attention_cpu import CPUAttention
     one = [torch.ones_like(k[:, :1]) for k in keys]
     facs = [softmax_scale*(1/key_norm(k, patch) if normalize_keys else o) for k, o in zip(keys, one)]
@@ -253,7 +260,8 @@ def patch_attention(
 )->Tensor:                      # (N, c, s*H, s*W)
     "Patch attention: the same function and gradient as `patch_attention_reference`"
     keys, values, s = _as_levels(query, keys, values, patch, weighting)
-    if backend not in BACKENDS: raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, found {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, found {backend!r}")
     kind = query.dtype
     work = torch.float64 if kind == torch.float64 else torch.float32
     query, keys, values = query.to(work), [k.to(work) for k in keys], [v.to(work) for v in values]
@@ -275,12 +283,14 @@ def attention_map(
     keys = list(keys) if isinstance(keys, (list, tuple)) else [keys]
     H, W = query.shape[-2:]
     for y, x in points:
-        if not (0 <= y < H and 0 <= x < W): raise ValueError(f"points must lie in {H} x {W} queries, found {(y, x)}")
+        if not (0 <= y < H and 0 <= x < W):
+            raise ValueError(f"points must lie in {H} x {W} queries, found {(y, x)}")
     padded = F.pad(query, (patch//2,)*4)
     patches = torch.stack([padded[..., y:y+patch, x:x+patch] for y, x in points], 1)     # (N, P, c', p, p)
     scores = []
     for key in keys:
-        x = torch.cat([F.conv2d(k[None], w, padding=patch//2) for k, w in zip(key, patches)])  # (N, P, Hl, Wl)
+        x = torch.cat([F.conv2d(k[None], w, padding=patch//2)
+                       for k, w in zip(key, patches)])                      # (N, P, Hl, Wl)
         if normalize_keys: x = x / key_norm(key, patch)
         scores.append(x.flatten(2) * softmax_scale)
     return weigh(torch.cat(scores, -1), weighting)

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -24,13 +25,14 @@ from torch import nn
 from .attention import has_numba, patch_attention, patch_attention_reference, weigh
 
 # %% ../nbs/10c_attention_benchmark.ipynb #e8719fc2
-def bare_minimum(query, keys, values, patch=3, softmax_scale=10., divisor=1., normalize_keys=True, weighting='softmax'):
+def bare_minimum(query, keys, values, patch=3, softmax_scale=10., divisor=1., normalize_keys=True,
+                 weighting='softmax'):
     "Pixel attention without patches: product, weighting, product; shapes as `patch_attention`"
     keys, values = [t if isinstance(t, list) else [t] for t in (keys, values)]
     s = values[0].shape[-1]//keys[0].shape[-1]
     k = torch.cat([t.flatten(2) for t in keys], 2)                          # (N, c', L)
     v = torch.cat([F.pixel_unshuffle(t, s).flatten(2) for t in values], 2)  # (N, c*s*s, L)
-    a = weigh(softmax_scale*(query.flatten(2).transpose(1, 2) @ k), weighting)
+    a = weigh(softmax_scale*(query.flatten(2).transpose(1, 2) @ k), weighting, compiled=False)
     out = (a @ v.transpose(1, 2)).transpose(1, 2).unflatten(2, query.shape[-2:])
     return F.pixel_shuffle(out, s)/divisor
 
@@ -44,8 +46,9 @@ class Branches(nn.Module):
         super().__init__()
         C, self.attention = channels, attention
         layer = lambda i, o, k, pad: nn.Sequential(nn.Conv2d(i, o, k, padding=pad), nn.PReLU())
-        self.branches = nn.ModuleList([nn.ModuleList([layer(C, C, 3, p//2), layer(C, C//2, 1, 0), layer(C, C//2, 1, 0),
-                                                      layer(C, C, 1, 0)]) for p in (3, 5, 7)])
+        self.branches = nn.ModuleList([nn.ModuleList([
+            layer(C, C, 3, p//2), layer(C, C//2, 1, 0), layer(C, C//2, 1, 0), layer(C, C, 1, 0)])
+            for p in (3, 5, 7)])
         self.fuse = nn.Conv2d(3*C, C, 1)
     def forward(self, x):
         out = []
@@ -72,7 +75,8 @@ def cases(
         out[f'msnlan_block_{n}'] = dict(block=64, input=(4 if n == 48 else 1, 64, n, n))
         out[f'csnln_cross_{n}'] = _case((1, 64, n, n), [(1, 64, n//2, n//2)], [(1, 128, n, n)], divisor=6.)
         levels = [int(n*(1-i/10)) for i in range(5)]
-        out[f'panet_{n}'] = _case((1, 32, n, n), [(1, 32, m, m) for m in levels], [(1, 64, m, m) for m in levels], divisor=4.)
+        out[f'panet_{n}'] = _case((1, 32, n, n), [(1, 32, m, m) for m in levels],
+                                 [(1, 64, m, m) for m in levels], divisor=4.)
         out[f'hspan_{n}'] = _case((1, 96, n, n), [(1, 96, n, n)], [(1, 192, n, n)], patch=1, softmax_scale=1.,
                                   normalize_keys=False, weighting='sparsemax')
     return out
@@ -82,7 +86,8 @@ def build(case, method, device='cpu'):
     "A function of nothing that runs the case forward, and the tensors that want a gradient"
     torch.manual_seed(0)
     if 'block' in case:
-        model, x = Branches(case['block'], METHODS[method]).to(device), torch.rand(case['input'], device=device)
+        model = Branches(case['block'], METHODS[method]).to(device)
+        x = torch.rand(case['input'], device=device)
         return lambda: model(x), [x.requires_grad_(), *model.parameters()]
     rand = lambda shape: torch.randn(shape, device=device).mul_(.3).requires_grad_()
     q, ks, vs = rand(case['query']), [rand(s) for s in case['keys']], [rand(s) for s in case['values']]
@@ -93,7 +98,8 @@ def once(run, inputs, backward, device='cpu', autocast=None):
     "Seconds of one run"
     wait = torch.cuda.synchronize if device == 'cuda' else (lambda: None)
     wait(); start = time.perf_counter()
-    with torch.set_grad_enabled(backward), torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
+    half = torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None)
+    with torch.set_grad_enabled(backward), half:
         out = run()
     if backward: torch.autograd.grad(out, inputs, torch.ones_like(out))
     wait()
@@ -104,7 +110,7 @@ def measure(case, methods, backward, device='cpu', runs=5, seconds=40., autocast
     "Interleaved runs; {method: list of seconds}. The longest method ends the rounds after about `seconds`"
     built = {m: build(case, m, device) for m in methods}
     small = _case((1, 4, 24, 24), [(1, 4, 24, 24)], [(1, 4, 24, 24)])
-    once(*build(small, 'ours', device), backward, device)                   # compile, if that has not been done
+    once(*build(small, 'ours', device), backward, device)          # compile, if that has not been done
     times, begin = {m: [] for m in methods}, time.perf_counter()
     for _ in range(runs):
         for m, (run, inputs) in built.items():
@@ -123,7 +129,8 @@ def peak_memory(
 )->float:            # MB beyond the inputs
     "Extra peak memory of one run in a process of its own"
     text = json.dumps([case, method, backward, device])
-    done = subprocess.run([sys.executable, '-m', 'msnlan.attention_benchmark', '--peak', text], capture_output=True, text=True)
+    call = [sys.executable, '-m', 'msnlan.attention_benchmark', '--peak', text]
+    done = subprocess.run(call, capture_output=True, text=True)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else float('inf')
 
 # %% ../nbs/10c_attention_benchmark.ipynb #83d57e5f
@@ -160,10 +167,12 @@ def _row(name, case, device, backward, runs, memory, autocast, limit):
 # %% ../nbs/10c_attention_benchmark.ipynb #e0131651
 def machine(device):
     "What the numbers were measured on"
-    cpu = [l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')] if os.path.exists('/proc/cpuinfo') else []
+    info = Path('/proc/cpuinfo').read_text().splitlines() if os.path.exists('/proc/cpuinfo') else []
+    cpu = [l.split(':')[1].strip() for l in info if l.startswith('model name')]
     numba = __import__('numba').__version__ if has_numba() else None
-    return dict(device=torch.cuda.get_device_name() if device == 'cuda' else (cpu or [platform.processor()])[0],
-                threads=torch.get_num_threads(), load=os.getloadavg()[0], torch=torch.__version__, numba=numba,
+    name = torch.cuda.get_device_name() if device == 'cuda' else (cpu or [platform.processor()])[0]
+    return dict(device=name, threads=torch.get_num_threads(), load=os.getloadavg()[0],
+                torch=torch.__version__, numba=numba,
                 python=platform.python_version(), date=time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime()))
 
 # %% ../nbs/10c_attention_benchmark.ipynb #e8dea0c8
@@ -173,16 +182,17 @@ def benchmark(
     runs=5,                     # rounds of interleaved runs, at most
     device=None,                # 'cpu' or 'cuda'; the GPU if there is one
     memory=True,                # also measure peak memory
-    only='',                    # only cases whose name contains this
+    only='',                    # only cases whose name matches this expression
 )->dict:                        # the report, as written
     "Measure everything, write `attention-<device>.json` after every case, and draw it"
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    limit = torch.cuda.mem_get_info()[1] if device == 'cuda' else os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
+    limit = os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')
+    if device == 'cuda': limit = torch.cuda.mem_get_info()[1]
     if device == 'cuda': sizes = sorted({*sizes, 256, 384})
     report, path = dict(machine=machine(device), rows=[]), Path(out)/f'attention-{device}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, case in cases(sizes).items():
-        if only not in name: continue
+        if not re.search(only, name): continue
         for autocast in (None, torch.bfloat16) if device == 'cuda' else (None,):
             for backward in (False, True):
                 row = _row(name, case, device, backward, runs, memory, autocast, limit)
@@ -201,7 +211,8 @@ def plot(report, path):
     for i, pass_ in enumerate(('forward', 'forward+backward')):
         found = {r['case']: r['times_faster'] for r in rows if r['pass_'] == pass_}
         ax.barh([y+.38*i for y in range(len(names))], [found.get(n, 0) for n in names], .38, label=pass_)
-    ax.set_yticks([y+.19 for y in range(len(names))], names); ax.invert_yaxis(); ax.axvline(1, color='k', lw=.8)
+    ax.set_yticks([y+.19 for y in range(len(names))], names); ax.invert_yaxis()
+    ax.axvline(1, color='k', lw=.8)
     ax.set_xlabel(f"times faster than the reference ({report['machine']['device']})"); ax.legend()
     fig.savefig(path, dpi=110)
 
@@ -210,8 +221,10 @@ def main(args=None):
     "python -m msnlan.attention_benchmark --out reports/benchmarks"
     p = argparse.ArgumentParser(prog='python -m msnlan.attention_benchmark', description=benchmark.__doc__)
     p.add_argument('--out', default='reports/benchmarks', help='folder for the JSON and the plot')
-    p.add_argument('--sizes', type=int, nargs='+', default=[48, 96, 192]); p.add_argument('--runs', type=int, default=5)
-    p.add_argument('--device', choices=['cpu', 'cuda']); p.add_argument('--only', default='', help='part of a case name')
+    p.add_argument('--sizes', type=int, nargs='+', default=[48, 96, 192])
+    p.add_argument('--runs', type=int, default=5)
+    p.add_argument('--device', choices=['cpu', 'cuda'])
+    p.add_argument('--only', default='', help='expression a case name must match')
     p.add_argument('--no-memory', action='store_true'); p.add_argument('--peak', help=argparse.SUPPRESS)
     a = p.parse_args(args)
     if a.peak: return print(_peak(*json.loads(a.peak)))

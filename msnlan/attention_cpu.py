@@ -67,7 +67,8 @@ def statistics(Q, KA, fac, H, W, Wk, Mk, c, p, m, P, d0, d1, M, S, ws):
 # %% ../nbs/10b_attention_cpu.ipynb #e26a7fbd
 @_jit
 def forward(Q, KA, VA, fac, M, w, Z, H, W, Wk, Mk, c, C, p, m, P, d0, d1, ws):
-    r = p//2; Hk = fac.shape[0]; FQ = Q.shape[1]; va = VA.reshape(-1); z = Z.reshape(-1); dims = (W, Wk, Mk, c, p)
+    r = p//2; Hk = fac.shape[0]; FQ = Q.shape[1]; dims = (W, Wk, Mk, c, p)
+    va = VA.reshape(-1); z = Z.reshape(-1)
     for d in range(d0, d1, m):
         mm = min(m, d1-d); top = d+mm-1; used = mm*P; n = (used+15)//16*16; ld = n+16; step = Mk*n
         at = 0; lo = max(0, d); hi = min(Hk-1, H-1+top); o0 = r*ld+16
@@ -125,7 +126,8 @@ def backward_values(Q, KA, VB, G, GT, fac, M, w, dV, D, H, W, Wk, Mk, c, C, p, m
 
 # %% ../nbs/10b_attention_cpu.ipynb #4ab3abb5
 @_jit
-def backward_scores(Q, QT, KA, KB, VB, G, fac, M, w, D, dQ, dK, dfac, H, W, Wk, Mk, c, C, p, m, P, d0, d1, ws):
+def backward_scores(Q, QT, KA, KB, VB, G, fac, M, w, D, dQ, dK, dfac,
+                    H, W, Wk, Mk, c, C, p, m, P, d0, d1, ws):
     "Second walk back: gradients of queries, keys and of the factor on each key"
     r = p//2; Hk = fac.shape[0]; dims = (W, Wk, Mk, c, p); cg = G.shape[0]; vdims = (W, Wk, Mk, cg, p)
     CN = QT.shape[1]; qt = QT.reshape(-1); dk = dK.reshape(-1); dq = dQ.reshape(-1); kb = KB.reshape(-1)
@@ -150,7 +152,8 @@ def backward_scores(Q, QT, KA, KB, VB, G, fac, M, w, D, dQ, dK, dfac, H, W, Wk, 
                 box(raw, 0, n, ring, 0, n, step, Wk, n, p)
                 dx = D[xb:xb+used]
                 for j in range(Wk):
-                    dfac[u, j] += grad_line(abuf[o0+j*ld:o0+j*ld+used], raw[j*n:j*n+used], ba[j*n:j*n+used], fac[u, j], dx)
+                    o = j*n; line = abuf[o0+j*ld:o0+j*ld+used]
+                    dfac[u, j] += grad_line(line, raw[o:o+used], ba[o:o+used], fac[u, j], dx)
                 if r: box(ringa, (u % p)*step, n, abuf, o0-r*ld-r, ld, ld+1, Wk, n, p)
             v = g-2*r
             if v >= lo:
@@ -192,7 +195,7 @@ def _pieces(H, Hk, m, k):
 
 # %% ../nbs/10b_attention_cpu.ipynb #ffc99f9f
 class _Level:
-    "One level laid out for the kernels, and how its work is cut into pieces (by sizes only, never by the number of threads)"
+    "One level laid out for the kernels; its work is cut into pieces by sizes only, never by threads"
     def __init__(self, query, key, fac, value, p, rings, share):
         N, c, H, W = query.shape; Hk, Wk = key.shape[-2:]
         self.p, self.H, self.W, self.Hk, self.Wk, self.c, self.cv = p, H, W, Hk, Wk, c, value.shape[1]
@@ -219,7 +222,7 @@ class _Level:
 
 # %% ../nbs/10b_attention_cpu.ipynb #ce7f1279
 def _walk(levels, N, unit, dtype):
-    """Run `unit(level, n, d0, d1, ws)` for every piece on torch's number of threads; results in a fixed order"""
+    "Run `unit(level, n, d0, d1, ws)` for every piece on torch's number of threads; results in a fixed order"
     jobs = [(v, n, *piece) for v in levels for n in range(N) for piece in v.pieces]
     k = min(torch.get_num_threads(), len(jobs)); local = threading.local()
     size = max(v.workspace for v in levels)
@@ -293,8 +296,8 @@ class CPUAttention(torch.autograd.Function):
         def second(v, n, d0, d1, ws):
             dQ = np.zeros((v.KB.shape[2], v.Q.shape[-1]), dtype)
             dK, dfac = np.zeros(v.dK.shape[1:], dtype), np.zeros(v.dfac.shape[1:], dtype)
-            backward_scores(v.Q[n], v.QT[n], v.KA[n], v.KB[n], v.VB[n], v.G[n], v.fac[n], v.M[n], v.w[n], v.D[n],
-                            dQ, dK, dfac, *v.dims, d0, d1, ws)
+            backward_scores(v.Q[n], v.QT[n], v.KA[n], v.KB[n], v.VB[n], v.G[n], v.fac[n], v.M[n], v.w[n],
+                            v.D[n], dQ, dK, dfac, *v.dims, d0, d1, ws)
             return dQ, dK, dfac
         dq = np.zeros(q.shape, dtype)
         for v, n, (dQ, dK, dfac) in _walk(levels, N, second, dtype):
