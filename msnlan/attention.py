@@ -65,17 +65,32 @@ def _compiled_thresholds(v):
     return out.unsqueeze(-1)
 
 # %% ../nbs/10_attention.ipynb #f1d3a9f3
+class _Sparsemax(torch.autograd.Function):
+    "Weights from the thresholds; the gradient is the upstream one, less its mean over the support"
+    @staticmethod
+    def forward(ctx, score, compiled):
+        v = score - score.amax(-1, keepdim=True)
+        fast = compiled and v.device.type == 'cpu' and v.numel() > 2**16 and has_numba()
+        weight = v.sub_((_compiled_thresholds if fast else _sorted_thresholds)(v)).clamp_min_(0)
+        ctx.save_for_backward(weight)
+        return weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        support = ctx.saved_tensors[0] > 0
+        inside = grad * support
+        return inside.sub_(inside.sum(-1, keepdim=True)/support.sum(-1, keepdim=True)).mul_(support), None
+
+# %% ../nbs/10_attention.ipynb #99d939e8
 def sparsemax(
     score:Tensor,        # similarity, (..., L)
     compiled:bool=True,  # use the compiled loop where numba is installed
 )->Tensor:               # weights, (..., L): non-negative, rows sum to one, many exactly zero
     "Euclidean projection of each row on the simplex (Martins and Astudillo 2016; HSPAN's soft threshold)"
-    v = score - score.amax(-1, keepdim=True).detach()
-    fast = not torch.compiler.is_exporting() and v.device.type == 'cpu' and v.numel() > 2**16
-    fast = fast and compiled and has_numba()
-    support = v.detach() > (_compiled_thresholds if fast else _sorted_thresholds)(v.detach())
-    total, k = torch.where(support, v, 0).sum(-1, keepdim=True), support.sum(-1, keepdim=True)
-    return torch.where(support, v - (total - 1)/k, 0).clamp_min(0)
+    if not torch.compiler.is_exporting(): return _Sparsemax.apply(score, compiled)
+    v = score - score.amax(-1, keepdim=True)
+    return (v - _sorted_thresholds(v)).clamp_min(0)
 
 # %% ../nbs/10_attention.ipynb #e8dac5b8
 def weigh(
@@ -130,6 +145,7 @@ def diagonal_sum(
     radius:int,  # r
 )->Tensor:       # same shape: out[i, j] = x[i-r, j-r] + ... + x[i+r, j+r], zero outside
     "Sum along the diagonals of the last two axes"
+    if radius == 0: return x
     I, J = x.shape[-2:]
     x = F.pad(x, (radius,)*4)
     return sum(x[..., d:d+I, d:d+J] for d in range(2*radius+1))
