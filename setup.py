@@ -16,6 +16,6 @@ setup(
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '',
     long_description_content_type='text/markdown',
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(), extras_require=extras,
-    packages=find_packages(include=['msnlan', 'msnlan.*']), package_data={'msnlan': ['weights/*']},
+    packages=find_packages(include=['msnlan', 'msnlan.*']), package_data={'msnlan': ['weights/*', 'registry.csv']},
     entry_points={'console_scripts': cfg['console_scripts'].split()}, zip_safe=False,
 )

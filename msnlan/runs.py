@@ -141,7 +141,8 @@ def execute(
     from papermill import PapermillExecutionError, execute_notebook
     if root := os.environ.get('MSNLAN_DATA'): os.environ['MSNLAN_DATA'] = str(Path(root).absolute())
     try: execute_notebook(str(path), str(folder/'notebook.ipynb'), parameters, cwd=str(folder),
-                          kernel_name='python3', progress_bar=False, stderr_file=None if quiet else sys.stderr)
+                          kernel_name='python3', progress_bar=False, extra_arguments=['--log-level=ERROR'],
+                          stderr_file=None if quiet else sys.stderr)
     except PapermillExecutionError as e: raise RunError(f'{e.evalue or e.ename}') from None
 
 # %% ../nbs/41_runs.ipynb #a10adfb1

@@ -174,7 +174,7 @@ def validate(
     model.eval()
     for hr in pictures:
         hr = modcrop(hr, scale)
-        values.append(psnr(predict(model, imresize(hr, 1/scale), tile=4000), hr, border=scale))
+        values.append(psnr(predict(model, imresize(hr, 1/scale), tile='chop'), hr, border=scale))
     model.train(was)
     return float(np.mean(values))
 
@@ -452,7 +452,7 @@ def main(argv=None)->int:
     ap.add_argument('settings', nargs='*', metavar='name=value', help='settings that replace those of the file')
     ap.add_argument('--resume', default='auto', choices=['auto', 'never'])
     ap.add_argument('--cpu', action='store_true', help='stay on the CPU')
-    a = ap.parse_args(argv)
+    a = ap.parse_intermixed_args(argv)
     try:
         settings = {} if a.recipe == '-' else yaml.safe_load(Path(a.recipe).read_text())
         settings |= {k: yaml.safe_load(v) for k, _, v in (s.partition('=') for s in a.settings)}

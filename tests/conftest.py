@@ -1,6 +1,9 @@
 """What the tests share: the place of the knowledge pack beside the project, and skipping where it is absent."""
+import os
 from pathlib import Path
 import pytest
+
+os.environ.setdefault('MSNLAN_OFFLINE', '1')   # a missing set is an error here, not a download
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = next((p for p in [ROOT.parent/'shared'] if (p/'golden').is_dir() and (p/'data').is_dir()), None)
