@@ -67,6 +67,7 @@ def statistics(Q, KA, fac, H, W, Wk, Mk, c, p, m, P, d0, d1, M, S, ws):
 # %% ../nbs/10b_attention_cpu.ipynb #e26a7fbd
 @_jit
 def forward(Q, KA, VA, fac, M, w, Z, H, W, Wk, Mk, c, C, p, m, P, d0, d1, ws):
+    "Second walk: weights from recomputed scores, their box sum, times the values"
     r = p//2; Hk = fac.shape[0]; FQ = Q.shape[1]; dims = (W, Wk, Mk, c, p)
     va = VA.reshape(-1); z = Z.reshape(-1)
     for d in range(d0, d1, m):
@@ -253,6 +254,7 @@ def _statistics(levels, N, H, W, dtype):
 
 # %% ../nbs/10b_attention_cpu.ipynb #e8597412
 class CPUAttention(torch.autograd.Function):
+    "Patch attention by compiled diagonal walks; backward recomputes the weights"
     @staticmethod
     def forward(ctx, p, count, query, *maps):
         keys, facs, values = maps[:count], maps[count:2*count], maps[2*count:]

@@ -80,6 +80,7 @@ BYTES = BITS//8
 # %% ../nbs/10a_attention_kernels.ipynb #2f51419c
 @_jit
 def gemm(A, ao, lda, B, bo, ldb, C, co, ldc, M, K, N, add):
+    "Matrix product of a tile: C = A B, or C += A B"
     lanes = BYTES // A.itemsize
     x = 0
     while x + 2*lanes <= N:
@@ -105,6 +106,7 @@ ONE, LOW, CUT, ZERO = f32(1), f32(-87), f32(-60), f32(0)
 # %% ../nbs/10a_attention_kernels.ipynb #4b5fd47d
 @_jit
 def exp32(x):
+    "exp of a float32 of at most 0; below -60 it is 0"
     y = min(max(x, LOW), ONE)   # above 0 lie only lanes outside the picture, whose weight is 0
     k = np.int32(y*LOG2E - HALF)
     n = f32(k)
@@ -154,6 +156,7 @@ _box1, _box3, _box5, _box7 = [_box_block(p, BITS) for p in (1, 3, 5, 7)]
 # %% ../nbs/10a_attention_kernels.ipynb #567242ba
 @_jit
 def box(dst, do, ldd, src, so, lds, step, rows, n, p):
+    "Sum of p shifted lines"
     if p == 1: _box1(dst, do, ldd, src, so, lds, step, rows, n)
     elif p == 3: _box3(dst, do, ldd, src, so, lds, step, rows, n)
     elif p == 5: _box5(dst, do, ldd, src, so, lds, step, rows, n)

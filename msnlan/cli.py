@@ -20,8 +20,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help='Single-image super-resolution with non-local attention: train, evaluate, look, tabulate.')
 
 # %% ../nbs/50_cli.ipynb #6138e4a8
-Parameters = Annotated[Optional[list[str]], typer.Option('-p', '--parameter', metavar='NAME=VALUE', help="A parameter of the notebook; may be repeated. VALUE is JSON or plain text")]
-DataRoot = Annotated[Optional[Path], typer.Option(help='Folder with the data sets; else $MSNLAN_DATA, else the user cache')]
+Parameters = Annotated[Optional[list[str]], typer.Option('-p', '--parameter', metavar='NAME=VALUE',
+    help='A parameter of the notebook; may be repeated. VALUE is JSON or plain text')]
+DataRoot = Annotated[Optional[Path], typer.Option(
+    help='Folder with the data sets; else $MSNLAN_DATA, else the user cache')]
 Out = Annotated[Optional[Path], typer.Option('-o', '--out', help='Folder for the results; default: runs/COMMAND')]
 
 # %% ../nbs/50_cli.ipynb #a21f9ec0
@@ -42,7 +44,8 @@ def parse_parameters(
 def use_data_root(folder:Path|None):
     "Make `folder` the place of the data sets for this process and the notebooks that it starts"
     if folder is None: return
-    if not folder.is_dir(): raise FileNotFoundError(f'--data-root {folder}: no such folder; expected one with Set5/HR and the like')
+    if not folder.is_dir():
+        raise FileNotFoundError(f'--data-root {folder}: no such folder; expected one with Set5/HR and the like')
     os.environ['MSNLAN_DATA'] = str(folder.absolute())
 
 # %% ../nbs/50_cli.ipynb #0cd234c8
@@ -64,25 +67,29 @@ def run_command(
 # %% ../nbs/50_cli.ipynb #4ff18e02
 @app.command()
 def train(parameter:Parameters=None, data_root:DataRoot=None, out:Out=None,
-          fresh:Annotated[bool, typer.Option(help='Start again instead of going on from the checkpoints in the folder')]=False):
+          fresh:Annotated[bool, typer.Option(help='Start again instead of going on from checkpoints')]=False):
     """Train a network: nbs/experiments/train.ipynb.
 
     Example: msnlan train -p model=msnlan-tiny -p steps=2000 -p scale=2 -o runs/tiny-x2
     """
-    result = run_command('train', [*(parameter or []), *(['resume=never'] if fresh else [])], data_root, out, go_on=not fresh)
+    parameter = [*(parameter or []), *(['resume=never'] if fresh else [])]
+    result = run_command('train', parameter, data_root, out, go_on=not fresh)
     s = result['summary']
-    typer.echo(f"{s['steps']} steps, loss {s['loss']:.5f}" + (f", validation {s['psnr']:.2f} dB (best {s['best']:.2f})" if s['psnr'] else ''))
-    if result['stopped']: raise ValueError(f"stopped by {result['stopped']} after step {s['steps']}; the same command goes on")
+    scored = f", validation {s['psnr']:.2f} dB (best {s['best']:.2f})" if s['psnr'] else ''
+    typer.echo(f"{s['steps']} steps, loss {s['loss']:.5f}{scored}")
+    if result['stopped']:
+        raise ValueError(f"stopped by {result['stopped']} after step {s['steps']}; the same command goes on")
 
 # %% ../nbs/50_cli.ipynb #0df019d9
 @app.command()
 def evaluate(parameter:Parameters=None, data_root:DataRoot=None, out:Out=None):
     """Score networks on test sets: nbs/experiments/evaluate.ipynb.
 
-    Example: msnlan evaluate -p 'models=["bicubic", "msnlan-tiny"]' -p 'datasets=["Set5"]' -p 'scales=[2]' --data-root DATA
+    Example: msnlan evaluate -p 'models=["bicubic", "msnlan-tiny"]' -p 'datasets=["Set5"]' --data-root DATA
     """
     for m in run_command('evaluate', parameter, data_root, out)['means']:
-        typer.echo(f"{m['model']:24} {m['dataset']:14} x{m['scale']}  {m['protocol']:8} {m['psnr']:.3f} dB  {m['ssim']:.4f}  ({m['pictures']} pictures)")
+        typer.echo(f"{m['model']:24} {m['dataset']:14} x{m['scale']}  {m['protocol']:8} {m['psnr']:.3f} dB  "
+                   f"{m['ssim']:.4f}  ({m['pictures']} pictures)")
 
 # %% ../nbs/50_cli.ipynb #1d8e3cf1
 @app.command()
@@ -100,7 +107,8 @@ def tables(parameter:Parameters=None, data_root:DataRoot=None, out:Out=None):
 
     Example: msnlan tables -p 'runs=["runs/evaluate"]' -o runs/tables
     """
-    for t in run_command('paper_tables', parameter, data_root, out)['tables']: typer.echo(f"tables/{t['name']}.csv .tex .html")
+    for t in run_command('paper_tables', parameter, data_root, out)['tables']:
+        typer.echo(f"tables/{t['name']}.csv .tex .html")
 
 # %% ../nbs/50_cli.ipynb #6edb9e21
 @app.command()
@@ -141,10 +149,12 @@ def models():
     shipped = list_models(pretrained=True)
     typer.echo(f"{'name':14} {'task':9} {'scale':>5} {'parameters':>12}  weights")
     for name in list_models():
-        for settings in [dict(scale=s) for s in (2, 3, 4)] + [dict(task=t) for t in RESTORATION if name == 'panet']:
+        tasks = [dict(task=t) for t in RESTORATION if name == 'panet']
+        for settings in [dict(scale=s) for s in (2, 3, 4)] + tasks:
             with torch.device('meta'): net = create_model(name, **settings)
             n = sum(p.numel() for p in net.parameters())
-            typer.echo(f"{name:14} {net.task:9} {net.scale:>5} {n:>12,}  {'shipped' if f'{name}-x{net.scale}' in shipped else '-'}")
+            weights = 'shipped' if f'{name}-x{net.scale}' in shipped else '-'
+            typer.echo(f'{name:14} {net.task:9} {net.scale:>5} {n:>12,}  {weights}')
 
 # %% ../nbs/50_cli.ipynb #9559aa8b
 @app.command()

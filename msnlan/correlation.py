@@ -59,6 +59,15 @@ class CorrelationMap:
         cuts = np.cumsum([h*w for h, w in self.key_grids])[:-1]
         return [w.reshape(-1, *g) for w, g in zip(np.split(self.weights, cuts, 1), self.key_grids)]
 
+    def best(self, point:int=0, n:int=3)->list:
+        "The `n` largest weights of a point, as (weight, row, column) of the key's pixel in its level's grid, level"
+        found, start = [], 0
+        for level, (h, w) in enumerate(self.key_grids):
+            part = self.weights[point, start:start + h*w]
+            found += [(float(part[i]), *divmod(int(i), w), level) for i in np.argsort(-part, kind='stable')[:n]]
+            start += h*w
+        return sorted(found, reverse=True)[:n]
+
     @property
     def effective_keys(self)->np.ndarray:
         "exp of the entropy, (points,): how many keys would share the weight evenly"
@@ -118,5 +127,13 @@ def plot_maps(
         ax.imshow(image.mean(-1), cmap='gray', alpha=.35)
         ax.imshow(np.sqrt(m.on_picture(H, W)[point]), cmap='inferno', alpha=.85)
         ax.set_title(f'{m.patch}x{m.patch} patches, {m.effective_keys[point]:.0f} keys', fontsize=9)
+        for weight, row, column, level in m.best(point):
+            (h, w), (kh, kw) = m.query_grid, m.key_grids[level]
+            rows = np.flatnonzero(key_rows(kh, h, H) == row)
+            columns = np.flatnonzero(key_rows(kw, w, W) == column)
+            if not len(rows) or not len(columns): continue             # a key beside the picture
+            side = m.patch*len(rows)
+            ax.add_patch(plt.Rectangle((columns.mean() - side/2, rows.mean() - side/2), side, side, fill=False,
+                                       color='#F0E442', lw=.5 + 2*weight))
     for ax in axes: ax.plot(x, y, '+', color='#00C0FF', ms=12, mew=2); ax.axis('off')
     return fig

@@ -88,7 +88,8 @@ def environment()->dict:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return dict(git=git_state(root), msnlan=version('msnlan'), lock=file_hash(lock) if lock.exists() else None,
                 python=platform.python_version(), packages={p: version(p) for p in PACKAGES},
-                system=platform.platform(), cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), gpus=gpus)
+                system=platform.platform(), cpu=cpu_name(), cores=os.cpu_count(),
+                threads=torch.get_num_threads(), gpus=gpus)
 
 # %% ../nbs/41_runs.ipynb #6a81dd19
 def cpu_name()->str:
@@ -264,8 +265,8 @@ def expand(
         grid = spec.get('for', {})
         for values in product(*grid.values()):
             names = dict(zip(grid, values))
-            job = Job(fill(name, names), spec['notebook'], *(fill(spec.get(k, e), names)
-                                                             for k, e in (('parameters', {}), ('needs', []))))
+            rest = [fill(spec.get(k, empty), names) for k, empty in (('parameters', {}), ('needs', []))]
+            job = Job(fill(name, names), spec['notebook'], *rest)
             job.parameters = check_parameters(notebook_path(job.notebook), job.parameters)
             out.append(job)
     for job in out:
@@ -291,6 +292,7 @@ def load_preset(
 def snakemake(
     preset:str,        # name or YAML file
     folder:Path,       # `reports/<preset>`
+    threads:int,       # of each job
     *options,          # further command-line options
     **kw,              # for `subprocess.run`
 ):
@@ -299,7 +301,7 @@ def snakemake(
     return subprocess.run([
         sys.executable, '-m', 'snakemake', '--snakefile', str(root/'nbs/experiments/Snakefile'),
         '--directory', str(root/'runs/snakemake'/folder.name),
-        '--config', f'preset={preset}', f'folder={folder}', '--rerun-incomplete',
+        '--config', f'preset={preset}', f'folder={folder}', f'threads={threads}', '--rerun-incomplete',
         '--rerun-triggers', 'params', 'input', 'mtime', '--quiet', 'all', *options], **kw)
 
 # %% ../nbs/41_runs.ipynb #389ac2bd
@@ -315,9 +317,9 @@ def reproduce(
     errors = folder/'.errors'
     shutil.rmtree(errors, ignore_errors=True)
     (project_root()/'runs/snakemake'/folder.name).mkdir(parents=True, exist_ok=True)
-    snakemake(preset, folder, '--unlock', capture_output=True)
-    options = ['--cores', str(jobs)] + ['--forceall']*force
-    done = snakemake(preset, folder, *options, stdout=subprocess.DEVNULL)
+    cores = max(jobs, os.cpu_count() or 1)
+    snakemake(preset, folder, 1, '--unlock', capture_output=True)
+    done = snakemake(preset, folder, cores//jobs, '--cores', str(cores), *['--forceall']*force, stdout=subprocess.DEVNULL)
     messages = [p.read_text() for p in sorted(errors.glob('*'))] if errors.exists() else []
     shutil.rmtree(errors, ignore_errors=True)
     if done.returncode: raise RunError(messages[0] if messages else f'Snakemake ended with status {done.returncode}')

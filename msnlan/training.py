@@ -460,7 +460,8 @@ def main(argv=None)->int:
     except (ValueError, OSError, FloatingPointError) as e: print(f'training: {e}', file=sys.stderr); return 1
     print(json.dumps(summary))
     if summary['stopped']:
-        print(f"stopped by {summary['stopped']} after step {summary['steps']}; the same command goes on", file=sys.stderr)
+        print(f"stopped by {summary['stopped']} after step {summary['steps']}; the same command goes on",
+              file=sys.stderr)
     return int(bool(summary['stopped']))
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

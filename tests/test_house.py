@@ -56,7 +56,7 @@ def test_exported_code_keeps_the_house_rules(path):
     stars = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and any(a.name == '*' for a in n.names)]
     assert stars == [], 'no star imports'
     if path.name == '_modidx.py': return
-    long = [i for i, l in enumerate(text.splitlines(), 1) if len(l) > 120 and not l.startswith('__all__')]
+    long = [i for i, l in enumerate(text.splitlines(), 1) if i > 1 and len(l) > 120 and not l.startswith('__all__')]
     assert long == [], f'lines too long: {long}'
     undocumented = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_') and not ast.get_docstring(n)]
     assert undocumented == [], f'public names without a docstring: {undocumented}'
