@@ -62,7 +62,7 @@ def test_gradcheck(patch, s, levels, weighting):
     maps = [t.requires_grad_() for t in maps]
     for backend in backends(dict(weighting=weighting)):
         f = lambda q, *m: patch_attention(q, list(m[:levels]), list(m[levels:]), patch, 2., backend=backend, weighting=weighting)
-        assert torch.autograd.gradcheck(f, maps, atol=1e-6), backend
+        assert torch.autograd.gradcheck(f, maps, atol=1e-6, fast_mode=s > 1), backend       # the large one on a random projection
 
 
 @pytest.mark.parametrize('backend', FAST)
@@ -99,7 +99,7 @@ def test_same_bits_whatever_the_threads(backend):
         torch.set_num_threads(1 if n > 1 else 2)
         other = run()
     finally: torch.set_num_threads(n)
-    assert all((a-b).abs().max() <= 1e-6*b.abs().max() for a, b in zip(other, first))
+    assert all(torch.equal(a, b) for a, b in zip(other, first))
 
 
 @pytest.mark.parametrize('backend', FAST)
