@@ -179,7 +179,8 @@ SelfEnsemble = Annotated[bool, typer.Option(help='Mean over the eight flips and 
 
 def picture_files(folder:Path)->list:
     "The pictures in `folder`; raises `FileNotFoundError` if there are none"
-    from msnlan.datasets import SUFFIXES, list_pictures
+    from msnlan.datasets import list_pictures
+    from msnlan.registry import SUFFIXES
     found = [p.path for p in list_pictures(folder)]
     if not found: raise FileNotFoundError(f"{folder} has no pictures; expected files ending in {', '.join(SUFFIXES)}")
     return found
@@ -188,7 +189,7 @@ def picture_files(folder:Path)->list:
 def apply_network(net, pictures:list, out:Path, self_ensemble:bool, what:str):
     "Run a network on pictures and folders of pictures; `out` is a file for one picture, else a folder"
     from tqdm import tqdm
-    from msnlan.datasets import SUFFIXES
+    from msnlan.registry import SUFFIXES
     from msnlan.images import imread, imwrite
     from msnlan.inference import predict
     found = [f for p in pictures for f in (picture_files(p) if p.is_dir() else [p])]

@@ -52,7 +52,8 @@ p.about { max-width:46rem } .soft, figcaption, caption, nav { color:var(--soft);
 nav a { margin-right:1rem } a { color:var(--accent) }
 table { border-collapse:collapse; margin:.4rem 0 1.4rem; font-variant-numeric:tabular-nums; display:block;
 overflow-x:auto }
-caption { white-space:nowrap; text-align:left; padding-bottom:.3rem } th, td { padding:.25rem .9rem .25rem 0; text-align:left;
+caption { white-space:nowrap; text-align:left; padding-bottom:.3rem }
+th, td { padding:.25rem .9rem .25rem 0; text-align:left;
 white-space:nowrap }
 thead th { border-bottom:1.5px solid var(--ink) } tbody td { border-bottom:1px solid var(--line) }
 figure { margin:0 0 1.4rem } img { max-width:100%; height:auto }

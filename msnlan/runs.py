@@ -319,7 +319,8 @@ def reproduce(
     (project_root()/'runs/snakemake'/folder.name).mkdir(parents=True, exist_ok=True)
     cores = max(jobs, os.cpu_count() or 1)
     snakemake(preset, folder, 1, '--unlock', capture_output=True)
-    done = snakemake(preset, folder, cores//jobs, '--cores', str(cores), *['--forceall']*force, stdout=subprocess.DEVNULL)
+    options = ['--cores', str(cores)] + ['--forceall']*force
+    done = snakemake(preset, folder, cores//jobs, *options, stdout=subprocess.DEVNULL)
     messages = [p.read_text() for p in sorted(errors.glob('*'))] if errors.exists() else []
     shutil.rmtree(errors, ignore_errors=True)
     if done.returncode: raise RunError(messages[0] if messages else f'Snakemake ended with status {done.returncode}')

@@ -78,7 +78,7 @@ def test_weights_of_another_configuration(project, tmp_path):
     photo = tmp_path/'photo.png'
     imwrite(photo, np.zeros((8, 8, 3), np.uint8))
     run = msnlan('upscale', photo, '-o', tmp_path/'out.png', '--model', tmp_path/'bad.safetensors', cwd=project)
-    is_one_line_error(run, 'shape')
+    is_one_line_error(run, 'is (16,', 'expected (32,')
     assert not (tmp_path/'out.png').exists()
     assert msnlan('upscale', photo, '-o', tmp_path/'out.png', '--model', tmp_path/'good/w.safetensors', cwd=project).returncode == 0
     assert imread(tmp_path/'out.png').shape == (16, 16, 3)
