@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'TrainConfig', 'check_config', 'make_config', 'lr_factor', 'batch_indices', 'seal', 'is_whole',
            'checkpoints', 'last_checkpoint', 'catch_signals', 'validate', 'Progress', 'list_sets', 'start_from',
-           'save_checkpoint', 'Trainer', 'check_same_run', 'resume_run', 'log_point', 'any_rank', 'record_validation',
-           'finish', 'fit', 'train', 'plot_curves', 'main']
+           'save_checkpoint', 'Trainer', 'check_same_run', 'resume_run', 'log_point', 'any_rank', 'about_run',
+           'record_validation', 'finish', 'fit', 'train', 'plot_curves', 'main']
 
 # %% ../nbs/21_training.ipynb #630dfb8a
 import json, math, os, shutil, signal, sys, time
@@ -356,6 +356,13 @@ def any_rank(acc:Accelerator, flag)->bool:
     return bool(acc.reduce(torch.tensor(float(bool(flag)), device=acc.device), 'sum').item())
 
 # %% ../nbs/21_training.ipynb #6eaf96ed
+def about_run(t:Trainer)->dict:   # texts, for the metadata of a weights file
+    "Recipe and progress of a run: what a model card needs"
+    p, recipe = t.progress, {k: v for k, v in asdict(t.cfg).items() if k not in ('model', 'scale', 'data_root')}
+    return dict(steps=str(p.step), seconds=f'{p.seconds:.0f}', device=str(t.acc.device), processes=str(t.acc.num_processes),
+                threads=str(torch.get_num_threads()), validation=json.dumps(p.validation[-1:]), recipe=json.dumps(recipe))
+
+# %% ../nbs/21_training.ipynb #00e44284
 def record_validation(t:Trainer):
     "Validate, append to the curve and keep the best weights"
     p = t.progress
@@ -364,9 +371,9 @@ def record_validation(t:Trainer):
     p.validation.append([p.step, round(score, 6)])
     if p.best is None or score > p.best:
         p.best = round(score, 6)
-        if t.acc.is_main_process: save_weights(t.best_net, t.out/'best.safetensors', {'step': str(p.step)})
+        if t.acc.is_main_process: save_weights(t.best_net, t.out/'best.safetensors', about_run(t))
 
-# %% ../nbs/21_training.ipynb #00e44284
+# %% ../nbs/21_training.ipynb #d1c8ccee
 def finish(
     t:Trainer,
     stopped:str|None,   # signal that ended the run early
@@ -379,7 +386,7 @@ def finish(
         psnr=p.validation[-1][1] if p.validation else None, best=p.best,
         device=str(t.acc.device), processes=t.acc.num_processes, threads=torch.get_num_threads())
     if t.acc.is_main_process:
-        save_weights(t.best_net, t.out/'weights.safetensors', {'step': str(p.step)})
+        save_weights(t.best_net, t.out/'weights.safetensors', about_run(t))
         write_json(t.out/'curves.json', dict(loss=p.curve, validation=p.validation))
         write_json(t.out/'summary.json', summary)
     t.acc.wait_for_everyone()
