@@ -11,8 +11,7 @@ NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb')
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT/'nbs')))
 def test_notebook_runs(path):
-    command = [sys.executable, '-m', 'nbdev.test', '--path', str(path), '--n_workers', '0', '--do_print']
-    command[1:3] = ['-c', 'from nbdev.test import nbdev_test; nbdev_test()']
+    command = [Path(sys.executable).parent/'nbdev_test', '--path', path, '--n_workers', '0', '--do_print']
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                            start_new_session=True, env=dict(os.environ, MPLBACKEND='agg'))
     try: out, _ = run.communicate(timeout=LIMIT)
