@@ -359,8 +359,9 @@ def any_rank(acc:Accelerator, flag)->bool:
 def about_run(t:Trainer)->dict:   # texts, for the metadata of a weights file
     "Recipe and progress of a run: what a model card needs"
     p, recipe = t.progress, {k: v for k, v in asdict(t.cfg).items() if k not in ('model', 'scale', 'data_root')}
-    return dict(steps=str(p.step), seconds=f'{p.seconds:.0f}', device=str(t.acc.device), processes=str(t.acc.num_processes),
-                threads=str(torch.get_num_threads()), validation=json.dumps(p.validation[-1:]), recipe=json.dumps(recipe))
+    return dict(steps=str(p.step), seconds=f'{p.seconds:.0f}', validation=json.dumps(p.validation[-1:]),
+                device=str(t.acc.device), processes=str(t.acc.num_processes),
+                threads=str(torch.get_num_threads()), recipe=json.dumps(recipe))
 
 # %% ../nbs/21_training.ipynb #00e44284
 def record_validation(t:Trainer):
