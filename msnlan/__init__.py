@@ -8,9 +8,12 @@ __all__ = ['list_models', 'create_model', 'load_weights', 'load_model', 'save_we
            'export_model', 'evaluate']
 
 # %% ../nbs/60_api.ipynb #976d68d5
-_all_ = ['list_models', 'create_model', 'load_weights', 'load_model', 'save_weights', 'upscale', 'restore',
-    'predict',
+_all_ = ['list_models', 'create_model', 'load_weights', 'load_model', 'save_weights', 'upscale', 'restore', 'predict',
          'export_model', 'evaluate']
+
+# %% ../nbs/60_api.ipynb #54450a89
+import os
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')   # read once, when PyTorch's OpenMP is loaded
 
 # %% ../nbs/60_api.ipynb #13da23cd
 _ROOMS = {'models.zoo': ('list_models', 'create_model', 'load_weights', 'load_model', 'save_weights'),

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault('MSNLAN_OFFLINE', '1')   # a missing set is an error here, not a download
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')   # as `import msnlan` sets it; here before any import of torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = next((p for p in [ROOT.parent/'shared'] if (p/'golden').is_dir() and (p/'data').is_dir()), None)
