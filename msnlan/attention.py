@@ -53,7 +53,13 @@ def _sorted_thresholds(v, topk=128):
     return _sorted_thresholds(v, v.shape[-1]) if short else (total.gather(-1, support-1) - 1)/support
 
 # %% ../nbs/10_attention.ipynb #ec716741
-@torch.compiler.disable
+def _eager(f):
+    "`f`, outside the graph of `torch.compile`, whose compiler (seconds to import) is loaded only where it runs"
+    def call(*args): return (torch.compiler.disable(f) if torch.compiler.is_compiling() else f)(*args)
+    return call
+
+# %% ../nbs/10_attention.ipynb #fd649b84
+@_eager
 def _compiled_thresholds(v):
     "The same by a compiled loop over the few entries within 1 of the largest, rows shared between threads"
     from msnlan.attention_kernels import simplex_thresholds
@@ -235,7 +241,7 @@ def _choose(query, keys, patch, weighting):
     return 'plain' if query.device.type == 'cpu' and entries*query.shape[0] < 2**24 else 'strips'  # 64 MB a map
 
 # %% ../nbs/10_attention.ipynb #7cc087b4
-@torch.compiler.disable
+@_eager
 def _walk(query, keys, values, s, patch, softmax_scale, divisor, normalize_keys, weighting):
     "The compiled diagonal walk; an s x s cell of values becomes s*s channels"
     if weighting != 'softmax' or patch > 31 or query.device.type != 'cpu':
@@ -257,7 +263,7 @@ def _dispatch(query, keys, values, s, backend, *options):
     return _run_strips(query, keys, values, *options)
 
 # %% ../nbs/10_attention.ipynb #d0eca5e0
-@torch.compiler.disable
+@_eager
 def _run_strips(query, keys, values, *options):
     "Strips with the number of rows that fits the budget"
     return _Strips.apply(options, _strip_rows(query, keys, options[0]), len(keys), query, *keys, *values)
