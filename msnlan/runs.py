@@ -207,10 +207,14 @@ def picture_hashes(names:list)->dict:   # set name -> SHA-256 over names and pix
 
 # %% ../nbs/41_runs.ipynb #5716d5d9
 def model_by_name(
-    name:str,      # a name with shipped weights, or a weights file
+    name:str,      # a name with shipped weights, a weights file, or spandrel:FILE for another project's
     scale:int=2,   # magnification, for a name
 ):                 # network in eval mode, its label in tables, {name: hash of its weights}
-    "A trained network by name or file; a file is labelled by its run's folder"
+    "A trained network by name or file; a file is labelled by its run's folder, a foreign one by its stem"
+    if name.startswith('spandrel:'):
+        from msnlan.evaluation import SpandrelModel
+        path = Path(name.removeprefix('spandrel:'))
+        return SpandrelModel(path).eval(), path.stem, {name: file_hash(path)}
     if Path(name).suffix in ('.safetensors', '.pt', '.pth'):
         return load_model(name).eval(), Path(name).absolute().parent.name, {name: file_hash(name)}
     net = create_model(name, scale=scale, pretrained=True).eval()

@@ -73,7 +73,7 @@ def test_weights_of_another_configuration(project, tmp_path):
     save_weights(create_model('msnlan', scale=2, n_feats=16, n_resgroups=2, n_resblocks=1), tmp_path/'good/w.safetensors')
     import safetensors
     with safetensors.safe_open(tmp_path/'good/w.safetensors', 'pt') as f: meta = f.metadata()
-    meta['config'] = meta['config'].replace('"n_feats": 16', '"n_feats": 32')
+    meta = {k: v.replace('"n_feats": 16', '"n_feats": 32') for k, v in meta.items()}
     save_file(load_file(tmp_path/'good/w.safetensors'), tmp_path/'bad.safetensors', meta)
     photo = tmp_path/'photo.png'
     imwrite(photo, np.zeros((8, 8, 3), np.uint8))

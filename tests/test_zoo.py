@@ -1,5 +1,5 @@
 """The zoo: parameter counts, sizes, both layouts of weights, damaged files, the Hub, training of every system."""
-import importlib.util, json, os
+import importlib.util, json, os, subprocess, sys
 
 import numpy as np
 import pytest
@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from conftest import ROOT
 from msnlan.inference import predict
-from msnlan.models.checkpoints import infer_config, to_authors
-from msnlan.models.zoo import SYSTEMS, create_model, list_models, load_model, load_weights, save_weights
+from msnlan.models.cards import kept_scores, model_card
+from msnlan.models.checkpoints import infer_config, read_state, to_authors
+from msnlan.models.zoo import SYSTEMS, create_model, list_models, load_model, load_weights, save_weights, weights_folder
 
 SMALL = {'msnlan': dict(n_feats=16, n_resgroups=2, n_resblocks=1), 'csnln': dict(n_feats=8, depth=2),
          'panet': dict(n_feats=8, n_resblocks=2, pa_reduction=2), 'hspan': dict(n_feats=8, n_resgroups=1, n_resblocks=1),
@@ -132,6 +133,43 @@ def test_weights_come_back_bit_equal(name, task, scale, tmp_path):
     back = load_model(tmp_path/'theirs.pt', **({'task': task} if task == 'demosaic' else {}))
     assert back.config == net.config
     assert all(torch.equal(v, back.state_dict()[k]) for k,v in net.state_dict().items())
+
+
+def test_equal_weights_give_equal_bytes(tmp_path):
+    "In processes whose hashes are seeded differently"
+    code = ('import sys, torch; from msnlan.models.zoo import create_model, save_weights; torch.manual_seed(0)\n'
+            'net = create_model("msnlan-tiny", scale=2)\n'
+            'for i in range(3): save_weights(net, f"{sys.argv[1]}-{i}.safetensors", dict(steps=3, recipe=dict(lr=1e-3, data=["T91"]), device="cpu"))')
+    for seed in '12': subprocess.run([sys.executable, '-c', code, tmp_path/seed], env=dict(os.environ, PYTHONHASHSEED=seed), check=True)
+    found = {p.read_bytes() for p in tmp_path.iterdir()}
+    assert len(list(tmp_path.iterdir())) == 6 and len(found) == 1
+
+
+def test_files_with_a_text_per_entry_are_read(tmp_path):
+    "The layout of the first weight files"
+    net = small('hspan')
+    texts = dict(format='pt', system='hspan', config=json.dumps(net.config), steps='3', device='cpu', recipe='{"lr": 0.001}')
+    save_file({k:v.contiguous() for k,v in net.state_dict().items()}, tmp_path/'old.safetensors', texts)
+    back, about = load_model(tmp_path/'old.safetensors'), read_state(tmp_path/'old.safetensors')[1]
+    assert back.config == net.config and all(torch.equal(v, back.state_dict()[k]) for k,v in net.state_dict().items())
+    assert (about['steps'], about['device'], about['recipe']) == (3, 'cpu', {'lr': 0.001})
+    save_weights(back, tmp_path/'new.safetensors', {k:v for k,v in texts.items() if k not in ('format', 'system', 'config')})
+    assert read_state(tmp_path/'new.safetensors')[1] == about
+    texts['config'] = texts['config'][:-9]
+    save_file(net.state_dict(), tmp_path/'cut.safetensors', texts)
+    with pytest.raises(ValueError, match='metadata that cannot be read'): load_model(tmp_path/'cut.safetensors')
+
+
+def test_authors_weights_as_safetensors(tmp_path):
+    net = small('csnln')
+    save_file(to_authors(net), tmp_path/'theirs.safetensors', {'format': 'pt'})
+    assert all(torch.equal(v, net.state_dict()[k]) for k,v in load_model(tmp_path/'theirs.safetensors').state_dict().items())
+
+
+@pytest.mark.parametrize('stem', list_models(pretrained=True))
+def test_cards_are_made_from_the_weights(stem):
+    path = weights_folder()/f'{stem}.safetensors'
+    assert model_card(path, kept_scores(path)) == path.with_suffix('.md').read_text(), 'msnlan models card writes it'
 
 
 def damaged(kind, state, path):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'SHARED_NAMES', 'MSNLAN_NAMES', 'CSNLN_NAMES', 'PANET_NAMES', 'HSPAN_NAMES', 'NAMES', 'FLOOR', 'INFER',
-           'read_pickle', 'first_line', 'read_safetensors', 'unwrap', 'read_state', 'numbered', 'panet_names',
-           'authors_names', 'differences', 'check_state', 'from_authors', 'to_authors', 'count', 'upsampler_scale',
-           'tidy', 'shift_range', 'infer_msnlan', 'infer_csnln', 'infer_panet', 'infer_hspan', 'system_of',
-           'infer_config']
+           'read_pickle', 'first_line', 'from_text', 'unpack_metadata', 'read_safetensors', 'unwrap', 'read_state',
+           'numbered', 'panet_names', 'authors_names', 'differences', 'check_state', 'from_authors', 'to_authors',
+           'count', 'upsampler_scale', 'tidy', 'shift_range', 'infer_msnlan', 'infer_csnln', 'infer_panet',
+           'infer_hspan', 'system_of', 'infer_config']
 
 # %% ../../nbs/models/checkpoints.ipynb #7e004259
 import json, pickle, re
@@ -43,12 +43,31 @@ def first_line(e:Exception)->str:
     return (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
 
 # %% ../../nbs/models/checkpoints.ipynb #124bb77d
+def from_text(text):
+    "The value of a JSON text; anything else as it is"
+    try: return json.loads(text)
+    except (TypeError, ValueError): return text
+
+# %% ../../nbs/models/checkpoints.ipynb #43e4b66f
+def unpack_metadata(
+    texts:dict[str, str],  # as safetensors gives them
+    path='the weights',    # where from, for messages
+)->dict:                   # `system`, `config` and what else was saved with the weights; empty for other files
+    "What a weight file says about itself"
+    found = from_text(texts['msnlan']) if 'msnlan' in texts else {
+        k:from_text(v) for k,v in texts.items() if k != 'format'}
+    if not isinstance(found, dict) or not isinstance(found.get('config', {}), dict):
+        raise ValueError(f'{path} has metadata that cannot be read; it is damaged (fetch it again)')
+    return found
+
+# %% ../../nbs/models/checkpoints.ipynb #3e201167
 def read_safetensors(
-    path:Path,                             # a .safetensors file
-)->tuple[dict[str, Tensor], dict[str, str]]: # the tensors, the metadata
+    path:Path,                            # a .safetensors file
+)->tuple[dict[str, Tensor], dict]:        # the tensors, the metadata
     "Read a safetensors file and its metadata"
     try:
-        with safe_open(path, 'pt') as f: return {k:f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+        with safe_open(path, 'pt') as f:
+            return {k:f.get_tensor(k) for k in f.keys()}, unpack_metadata(f.metadata() or {}, path)
     except SafetensorError as e:
         raise ValueError(f'{path} cannot be read as safetensors; it is damaged or cut short '
                          f'(fetch it again): {first_line(e)}') from None
@@ -73,8 +92,8 @@ def unwrap(
 
 # %% ../../nbs/models/checkpoints.ipynb #8da65120
 def read_state(
-    source,                                  # path of a .safetensors, .pt or .pth file, or a state dict
-)->tuple[dict[str, Tensor], dict[str, str]]: # tensors by name; metadata, empty if there are none
+    source,                          # path of a .safetensors, .pt or .pth file, or a state dict
+)->tuple[dict[str, Tensor], dict]:   # tensors by name; metadata, empty if there are none
     "Tensors and metadata of a weight file or of a state dict"
     if isinstance(source, dict): return unwrap(source), {}
     path = Path(source)
