@@ -168,8 +168,9 @@ class Features:
         return sum(c.nbytes for c in self.calls)
 
     def choose(self, calls=None)->list:
-        "The calls meant by None (all), a `Call`, a number, or a list of these"
+        "The calls meant by None (all), a slice, a `Call`, a number, or a list of these"
         if calls is None: return self.calls
+        if isinstance(calls, slice): return self.calls[calls]
         if isinstance(calls, (int, Call)): calls = [calls]
         return [c if isinstance(c, Call) else self.calls[c] for c in calls]
 
