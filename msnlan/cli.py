@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Parameters', 'DataRoot', 'Out', 'RESTORATION', 'models_app', 'SelfEnsemble', 'data_app', 'SetName',
-           'parse_parameters', 'use_data_root', 'run_command', 'train', 'evaluate', 'attention', 'tables', 'reproduce',
-           'job', 'models', 'models_card', 'score', 'picture_files', 'apply_network', 'upscale', 'restore', 'export',
-           'data_list', 'data_fetch', 'data_verify', 'bench', 'main']
+           'parse_parameters', 'use_data_root', 'run_command', 'train', 'evaluate', 'attention', 'tables', 'explore',
+           'reproduce', 'job', 'models', 'models_card', 'score', 'picture_files', 'apply_network', 'upscale', 'restore',
+           'export', 'data_list', 'data_fetch', 'data_verify', 'bench', 'main']
 
 # %% ../nbs/50_cli.ipynb #7a03a0a0
 import os, sys
@@ -57,7 +57,7 @@ def run_command(
     go_on:bool=False,
 ):
     "Run an experiment notebook and say where its results are"
-    from msnlan.runs import run_notebook
+    from msnlan.provenance import run_notebook
     use_data_root(data_root)
     out = out or Path('runs')/notebook
     result = run_notebook(notebook, parse_parameters(parameters), out, go_on=go_on)
@@ -110,30 +110,69 @@ def tables(parameter:Parameters=None, data_root:DataRoot=None, out:Out=None):
     for t in run_command('paper_tables', parameter, data_root, out)['tables']:
         typer.echo(f"tables/{t['name']}.csv .tex .html")
 
+# %% ../nbs/50_cli.ipynb #0730154f
+@app.command()
+def explore(
+    picture:Annotated[str, typer.Argument(help='A picture, or the name of a photograph that scikit-image ships')]='astronaut',
+    model:Annotated[str, typer.Option(help='A name with shipped weights, or a weights file')]='msnlan-tiny-x2',
+    side:Annotated[int, typer.Option(help='Longest side of the picture that the network sees')]=128,
+    port:Annotated[int, typer.Option(help='Port of the page')]=8866,
+    browser:Annotated[bool, typer.Option(help='Open the page in a browser')]=True,
+):
+    """Click in attention maps: a page on this machine only, made by voila, until Ctrl+C.
+
+    Example: msnlan explore photo.jpg --port 8866
+    """
+    from msnlan.explorer import open_model, open_picture, serve
+    open_picture(picture); open_model(model)
+    serve(port, browser, picture=picture, model=model, side=side)
+
 # %% ../nbs/50_cli.ipynb #6edb9e21
 @app.command()
 def reproduce(
-    preset:Annotated[str, typer.Argument(help='smoke, benchmarks, ... or a YAML file')]='smoke',
+    preset:Annotated[str, typer.Argument(help='smoke, benchmarks, quick, ... or a YAML file')]='smoke',
     data_root:DataRoot=None,
+    out:Annotated[Optional[Path], typer.Option('-o', '--out', help='Folder; default: reports/PRESET')]=None,
+    dry_run:Annotated[bool, typer.Option('--dry-run', help='Only say what would run, and why')]=False,
+    only:Annotated[Optional[list[str]], typer.Option(
+        help="These runs and what they need: a name or a pattern such as 'evaluate-*'; may be repeated")]=None,
     force:Annotated[bool, typer.Option(help='Run everything again')]=False,
-    jobs:Annotated[int, typer.Option(help='Runs at once')]=1,
+    jobs:Annotated[Optional[int], typer.Option(min=1, help="Runs at once; default: by the preset's threads")]=None,
+    keep_going:Annotated[bool, typer.Option('--keep-going', help='After a failure, run what does not need it')]=False,
+    gpus:Annotated[Optional[int], typer.Option(min=0, help='GPUs, one run on each; default: all visible')]=None,
+    profile:Annotated[Optional[str], typer.Option(
+        help='Folder of a Snakemake profile, such as nbs/experiments/profiles/slurm')]=None,
 ):
-    """Run a preset from start to report page: train, evaluate, draw, tabulate.
+    """Bring a preset up to date, from training to the report page; the same command goes on after a kill.
 
     Example: msnlan reproduce smoke
     """
+    from msnlan.grids import chosen, describe_plan, plan_of
+    from msnlan.grids import reproduce as run_all
+    from msnlan.presets import load_preset
+    from msnlan.provenance import RunError
     from msnlan.report import write_report
-    from msnlan.runs import load_preset, reproduce
+    from msnlan.runs import project_root
     use_data_root(data_root)
-    folder = reproduce(preset, force, jobs)
-    typer.echo(f'Report: {write_report(folder, load_preset(preset))}')
+    spec = load_preset(preset)
+    folder = (out or project_root()/'reports'/spec['name']).absolute()
+    if dry_run: return typer.echo(describe_plan(chosen(plan_of(spec['jobs'], folder), only or []), folder))
+    found = run_all(preset, force, jobs, folder, only, keep_going, gpus, profile)
+    page = folder/'index.html'
+    if found.changed or not page.exists(): page = write_report(folder, spec)
+    else: typer.echo('Nothing is to be done: every run is up to date')
+    typer.echo(f'Report: {page}')
+    if found.failed:
+        name, error = next(iter(found.failed.items()))
+        more = f' (and {len(found.failed) - 1} more)' if len(found.failed) > 1 else ''
+        raise RunError(f'{name}: {error}{more}')
 
 # %% ../nbs/50_cli.ipynb #71aee6d0
 @app.command(hidden=True)
-def job(preset:str, name:str, folder:Annotated[Path, typer.Option()]):
+def job(preset:str, name:str, folder:Annotated[Path, typer.Option()], fingerprint:Annotated[str, typer.Option()]=''):
     "Run one job of a preset (what the Snakefile's rules call)"
-    from msnlan.runs import run_job
-    raise SystemExit(run_job(preset, name, folder))
+    from msnlan.grids import run_job
+    raise SystemExit(run_job(preset, name, folder, fingerprint))
 
 # %% ../nbs/50_cli.ipynb #aa4522b7
 RESTORATION = ('denoise', 'demosaic', 'dejpeg')   # PANet's other tasks
@@ -324,7 +363,7 @@ def bench(out:Annotated[Path, typer.Option('-o', '--out', help='Folder for JSON 
 # %% ../nbs/50_cli.ipynb #117d8c0b
 def main():
     "Entry point: one line and exit status 1 for what the caller can mend"
-    from msnlan.runs import RunError
+    from msnlan.provenance import RunError
     try: app()
     except (ValueError, OSError, RunError, ImportError) as e:
         print('msnlan: ' + ' '.join(str(e).split()), file=sys.stderr)

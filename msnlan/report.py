@@ -10,7 +10,7 @@ import json, shutil
 from pathlib import Path
 
 from .basics import replace_folder, write_bytes, write_json
-from .runs import environment, now
+from .provenance import environment, now
 
 # %% ../nbs/42_report.ipynb #8ec6baff
 def read_runs(
