@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'Parameters', 'DataRoot', 'Out', 'RESTORATION', 'models_app', 'SelfEnsemble', 'data_app', 'SetName',
            'parse_parameters', 'use_data_root', 'run_command', 'train', 'evaluate', 'attention', 'tables', 'explore',
-           'reproduce', 'job', 'models', 'models_card', 'score', 'picture_files', 'apply_network', 'upscale', 'restore',
-           'export', 'data_list', 'data_fetch', 'data_verify', 'bench', 'main']
+           'reproduce', 'why', 'job', 'models', 'models_card', 'score', 'picture_files', 'apply_network', 'upscale',
+           'restore', 'export', 'data_list', 'data_fetch', 'data_verify', 'bench', 'main']
 
 # %% ../nbs/50_cli.ipynb #7a03a0a0
 import os, sys
@@ -159,13 +159,29 @@ def reproduce(
     if dry_run: return typer.echo(describe_plan(chosen(plan_of(spec['jobs'], folder), only or []), folder))
     found = run_all(preset, force, jobs, folder, only, keep_going, gpus, profile)
     page = folder/'index.html'
-    if found.changed or not page.exists(): page = write_report(folder, spec)
-    else: typer.echo('Nothing is to be done: every run is up to date')
+    if not found.ran and not found.failed: typer.echo('Nothing is to be done: every run is up to date')
+    if found.changed: page = write_report(folder, spec, found.done)
     typer.echo(f'Report: {page}')
     if found.failed:
         name, error = next(iter(found.failed.items()))
         more = f' (and {len(found.failed) - 1} more)' if len(found.failed) > 1 else ''
         raise RunError(f'{name}: {error}{more}')
+
+# %% ../nbs/50_cli.ipynb #9e07b8a5
+@app.command()
+def why(
+    cell:Annotated[str, typer.Argument(help="TABLE.csv[ROW,COLUMN]; a row is its first word or its number from 1")],
+    data_root:DataRoot=None,
+):
+    """Print the trail of one cell: runs, notebooks, parameters, inputs, each hash compared with the file.
+
+    Example: msnlan why 'reports/quick/tables/scores_cnn.csv[msnlan-x2,skimage-test x2]'
+    """
+    from msnlan.trail import trail
+    use_data_root(data_root)
+    lines, wrong = trail(cell)
+    typer.echo('\n'.join(lines))
+    if wrong: raise ValueError(f"{len(wrong)} of the trail differ from the files: {'; '.join(wrong[:3])}")
 
 # %% ../nbs/50_cli.ipynb #71aee6d0
 @app.command(hidden=True)

@@ -239,23 +239,27 @@ def snakemake_command(
 class Outcome:
     "What became of a preset"
     folder:Path
+    done:set       # names of all jobs of the preset that are up to date
     ran:list       # names of jobs that got done
     failed:dict    # name -> its error
     waiting:list   # jobs that could not run
-    changed:bool   # the report is to be written
+    changed:bool   # the report is missing or older than a run
 
 # %% ../nbs/41d_grids.ipynb #c0afd297
 def outcome(
+    whole:dict,      # all steps of the preset
     steps:dict,      # those that were asked for
     before:set,      # those that were done before
     folder:Path,
 )->Outcome:
     "How a preset stands after Snakemake"
+    done, page = {n for n, s in whole.items() if s.done}, folder/'index.html'
     failed = {n: read_json(folder/'failed'/n/'provenance.json') for n in steps if (folder/'failed'/n).is_dir()}
-    failed = {n: r.get('error', 'ended without a word') for n, r in failed.items() if not steps[n].done}
-    ran = [n for n, s in steps.items() if s.done and n not in before]
-    waiting = [n for n, s in steps.items() if not s.done and n not in failed]
-    return Outcome(folder, ran, failed, waiting, bool(ran or failed))
+    failed = {n: r.get('error', 'ended without a word') for n, r in failed.items() if n not in done}
+    written = page.stat().st_mtime if page.exists() else 0
+    newer = any(whole[n].stamp.stat().st_mtime > written for n in done)
+    return Outcome(folder, done, [n for n in steps if n in done - before], failed,
+                   [n for n in steps if n not in done and n not in failed], newer or not written or bool(failed))
 
 # %% ../nbs/41d_grids.ipynb #a8f48cdf
 def fetch_sets(steps:dict):
@@ -313,21 +317,21 @@ def reproduce(
     spec = load_preset(preset)
     folder = Path(folder or project_root()/'reports'/spec['name']).absolute()
     with only_one(folder/'.lock', f'msnlan reproduce {preset}'):
-        steps = chosen(plan_of(spec['jobs'], folder), only or [])
+        steps = chosen(whole := plan_of(spec['jobs'], folder), only or [])
         if any(None in s.depends['data'].values() for s in steps.values() if not s.done):
             fetch_sets(steps)
-            steps = chosen(plan_of(spec['jobs'], folder), only or [])
+            steps = chosen(whole := plan_of(spec['jobs'], folder), only or [])
         for s in steps.values():
             if force: s.stamp.unlink(missing_ok=True)
         before = {n for n, s in steps.items() if s.done}
-        if len(before) == len(steps): return outcome(steps, before, folder)
+        if len(before) == len(steps): return outcome(whole, steps, before, folder)
         cores, fixed = os.cpu_count() or 1, next(iter(steps.values())).job.threads
         jobs = jobs or max(1, cores//(fixed or cores))
         gpus = len(visible_gpus()) if gpus is None else gpus
         work = project_root()/'runs/snakemake'/f'{folder.name}-{digest(str(folder))[:8]}'
         options = snakemake_options(jobs, gpus, keep_going, profile, work)
         status = drive(preset, folder, steps, options, max(1, cores//jobs), jobs, gpus)
-        found = outcome(steps, before, folder)
+        found = outcome(whole, steps, before, folder)
     if status and not found.failed:
         lines = [l for l in (work/'snakemake.log').read_text().splitlines() if l.strip()][-3:]
         raise RunError(f"Snakemake ended with status {status}: {' '.join(lines)} ({work/'snakemake.log'})")
