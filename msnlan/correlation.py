@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import rc_context
 
 from .attention import attention_map, key_norm, weigh
+from .drawing import STYLE, mark_query, new_figure, scale_bar, show_map, show_picture
 from .images import imread, to_image, to_tensor, with_channels
 from .inference import TO_YCC, evaluating
 from .layers import PatchAttention
@@ -362,24 +364,19 @@ def correlation_maps(
 
 # %% ../nbs/30_correlation.ipynb #7a06fb27
 def plot_maps(
-    image,         # uint8 picture (H, W, 3)
-    maps:list,     # of `CorrelationMap`
-    point:int=0,   # which of the chosen pixels
-):                 # matplotlib figure
+    image,            # uint8 picture (H, W, 3)
+    maps:list,        # of `CorrelationMap`
+    point:int=0,      # which of the chosen pixels
+    scale:str='log',  # see `drawing.strength`
+):                    # matplotlib figure
     "The picture with a query pixel and its map in each attention call"
-    import matplotlib.pyplot as plt
-    H, W = image.shape[:2]
-    n = len(maps) + 1
-    fig, axes = plt.subplots(1, n, figsize=(2.6*n, 2.6*H/W + .45), layout='constrained')
-    y, x = maps[0].points[point]
-    axes[0].imshow(image, cmap='gray'); axes[0].set_title(f'query ({y}, {x})')
-    for ax, m in zip(axes[1:], maps):
-        ax.imshow(image if image.ndim == 2 else image.mean(-1), cmap='gray', alpha=.35)
-        ax.imshow(np.sqrt(m.on_picture(H, W)[point]), cmap='inferno', alpha=.85)
-        ax.set_title(f'{m.patch}x{m.patch} patches, {m.effective_keys[point]:.0f} keys', fontsize=9)
-        for match in m.matches(point):
-            corner = match.left - .5, match.top - .5
-            ax.add_patch(plt.Rectangle(corner, match.width, match.height, fill=False, color='#F0E442',
-                                       lw=.5 + 2*match.weight))
-    for ax in axes: ax.plot(x, y, '+', color='#00C0FF', ms=12, mew=2); ax.axis('off')
+    (H, W), n = image.shape[:2], len(maps) + 1
+    fig, (axes,) = new_figure(1, n, (2.2*n + .5, 2.2*min(H/W, 2) + .4))
+    with rc_context(STYLE):
+        y, x = maps[0].points[point]
+        show_picture(axes[0], image, f'query ({y:g}, {x:g})'); mark_query(axes[0], maps[0], point)
+        for ax, m in zip(axes[1:], maps):
+            title = f'{m.patch}x{m.patch} patches, {m.effective_keys[point]:.0f} keys'
+            show_map(ax, image, m, point, scale, boxes=3, title=title)
+        scale_bar(fig, list(axes), scale)
     return fig
