@@ -8,7 +8,7 @@ cfg = ConfigParser(delimiters=['='])
 cfg.read(HERE/'settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
 readme = HERE/'README.md'
-extras = {k: cfg[f'{k}_requirements'].split() for k in ('fast', 'dev')}
+extras = {k: cfg[f'{k}_requirements'].split() for k in ('fast', 'explore', 'dev')}
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
@@ -16,6 +16,7 @@ setup(
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '',
     long_description_content_type='text/markdown',
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(), extras_require=extras,
-    packages=find_packages(include=['msnlan', 'msnlan.*']), package_data={'msnlan': ['weights/*', 'registry.csv']},
+    packages=find_packages(include=['msnlan', 'msnlan.*']),
+    package_data={'msnlan': ['weights/*', 'registry.csv', 'static/*.*', 'static/voila/templates/explorer/*']},
     entry_points={'console_scripts': cfg['console_scripts'].split()}, zip_safe=False,
 )

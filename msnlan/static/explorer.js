@@ -1,0 +1,458 @@
+// The explorer's browser side. The kernel (msnlan/explorer.py) sends the picture (`scene`) and, for each query pixel, the
+// maps and numbers (`answer`); everything here draws them and sets the traits that say what is on show.
+
+const RANKS = ["#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00", "#FFFFFF"];  // Okabe and Ito
+const SCALES = [[0, "linear"], [-1, "logarithmic"], ...[2, 4, 8, 16, 32].map((n) => [n, `logarithmic, ${n} decades`])];
+const TALLEST = 600;       // of a picture that fits, screen pixels
+const LARGEST = 4096;      // side of a zoomed picture, screen pixels
+const PART = 2 ** 20;      // bytes of an upload in one message
+const FILE = "\u2026";     // the list entry that asks for a weights file
+
+function make(tag, settings = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(settings)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name in node && !name.includes("-")) node[name] = value;
+    else node.setAttribute(name, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+function labelled(text, control, more = "") {
+  control.id = `mx-${Math.random().toString(36).slice(2)}`;
+  return make("div", { className: `mx-field ${more}` }, make("label", { htmlFor: control.id }, text), control);
+}
+
+function fill(select, names, chosen, show = (n) => n) {
+  const key = JSON.stringify(names);
+  if (select.dataset.names !== key) {
+    select.replaceChildren(...names.map((n) => make("option", { value: n, textContent: show(n) })));
+    select.dataset.names = key;
+  }
+  select.value = chosen;
+}
+
+const floats = (view) => new Float32Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+const bytes = (view) => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
+const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
+const number = (x) => (x === 0 ? "0" : x >= 0.001 && x < 1e5 ? String(Number(x.toPrecision(3))) : x.toExponential(1));
+const percent = (w) => (w < 1e-5 ? "< 0.001 %" : `${w >= 0.0995 ? (100 * w).toFixed(0) : number(100 * w)} %`);
+
+// ---- pictures ------------------------------------------------------------------------------------------------------
+
+function raster([height, width], colour) {
+  const canvas = make("canvas", { width, height });
+  const context = canvas.getContext("2d"), image = context.createImageData(width, height);
+  for (let i = 0; i < width * height; i++) {
+    const [table, at] = colour(i);
+    image.data[4 * i] = table[at]; image.data[4 * i + 1] = table[at + 1]; image.data[4 * i + 2] = table[at + 2];
+    image.data[4 * i + 3] = 255;
+  }
+  context.putImageData(image, 0, 0);
+  return canvas;
+}
+
+const photograph = (scene) => { const p = bytes(scene.pixels); return raster(scene.size, (i) => [p, 3 * i]); };
+
+function span(map, most, decades) {   // decades that the colours stand for; automatic: the larger half of the weights
+  if (decades >= 0) return decades;
+  const low = Float32Array.from(map).sort()[Math.floor(map.length / 2)];
+  return clamp(Math.ceil(Math.log10(most / low)) || 1, 1, 32);
+}
+
+function level(weight, most, decades) {   // 0 ... 255: which colour shows a weight
+  if (!(weight > 0) || !(most > 0)) return 0;
+  const share = decades ? 1 + Math.log10(weight / most) / decades : weight / most;
+  return Math.round(255 * clamp(share, 0, 1));
+}
+
+const heat = (size, map, most, table, decades) => raster(size, (i) => [table, 3 * level(map[i], most, decades)]);
+
+function outline(context, [top, left, height, width], colour, z, line = 2) {
+  for (const [style, thick] of [["#000", line + 2], [colour, line]]) {
+    context.strokeStyle = style; context.lineWidth = thick;
+    context.strokeRect(left * z, top * z, width * z, height * z);
+  }
+}
+
+function cross(context, [row, column], z) {
+  const x = (column + 0.5) * z, y = (row + 0.5) * z, near = Math.max(4, 0.7 * z), far = near + 9;
+  for (const [style, thick] of [["#000", 4], ["#FFF", 2]]) {
+    context.strokeStyle = style; context.lineWidth = thick; context.beginPath();
+    for (const [dx, dy] of [[1, 0], [-1, 0], [0, 1], [0, -1]]) {
+      context.moveTo(x + dx * near, y + dy * near); context.lineTo(x + dx * far, y + dy * far);
+    }
+    context.stroke();
+  }
+}
+
+function tag(context, text, x, y, colour) {   // the rank beside a box
+  context.font = "bold 12px sans-serif"; context.textBaseline = "bottom";
+  context.lineWidth = 3; context.strokeStyle = "#000"; context.strokeText(text, x, y);
+  context.fillStyle = colour; context.fillText(text, x, y);
+}
+
+function paint(context, show, z) {   // a panel's picture at z screen pixels a pixel
+  const [height, width] = show.size;
+  context.imageSmoothingEnabled = false;
+  context.drawImage(show.picture, 0, 0, width * z, height * z);
+  context.globalAlpha = show.opacity;
+  context.drawImage(show.heat, 0, 0, width * z, height * z);
+  context.globalAlpha = 1;
+  show.matches.forEach((m, i) => outline(context, m.box, RANKS[i], z, m.weight < 0.01 * show.most ? 1 : 2));
+  show.matches.forEach((m, i) => tag(context, i + 1, clamp(m.box[1] * z + 2, 0, width * z - 12),
+    clamp(m.box[0] * z - 2, 12, height * z), RANKS[i]));
+  outline(context, show.query, "#FFF", z, 1);
+  cross(context, show.point, z);
+}
+
+function enlarge(context, show, box, colour, side, x0 = 0, y0 = 0) {   // a patch with what lies around it
+  const [top, left, height, width] = box, reach = Math.max(12, 3 * Math.max(height, width)), z = side / reach;
+  const y = top + (height - reach) / 2, x = left + (width - reach) / 2;
+  context.save();
+  context.translate(x0, y0); context.beginPath(); context.rect(0, 0, side, side); context.clip();
+  context.fillStyle = "#808080"; context.fillRect(0, 0, side, side);
+  context.imageSmoothingEnabled = false;
+  context.translate(-x * z, -y * z);
+  context.drawImage(show.picture, 0, 0, show.size[1] * z, show.size[0] * z);
+  outline(context, box, colour, z);
+  context.restore();
+}
+
+function legend(context, table, width, height, x0 = 0, y0 = 0) {
+  for (let i = 0; i < width; i++) {
+    const at = 3 * Math.round((255 * i) / (width - 1));
+    context.fillStyle = `rgb(${table[at]},${table[at + 1]},${table[at + 2]})`;
+    context.fillRect(x0 + i, y0, 1, height);
+  }
+}
+
+const ends = (show) => [show.decades ? `\u2264 ${number(show.most / 10 ** show.decades)}` : "0", `weight ${number(show.most)}`];
+
+const facts = (show) => [
+  ["Largest weight", number(show.most)],
+  ["Effective keys", `${number(show.effective_keys)} of ${show.keys}`],
+  ["Entropy", `${number(show.entropy)} nats`],
+  ["Mean distance", `${number(show.distance)} px`],
+  ...(show.share < 0.9995 ? [["Share of this level", percent(show.share)]] : []),
+];
+
+const place = ([top, left, height, width]) =>
+  `row ${Math.floor(top + height / 2)}, col ${Math.floor(left + width / 2)}`;
+
+// ---- one panel -----------------------------------------------------------------------------------------------------
+
+class Panel {
+  constructor(app, index) {
+    Object.assign(this, { app, index });
+    const choose = (what) => make("select", { onchange: (e) => this.choose(what, e.target.value) });
+    this.model = choose("model"); this.layer = choose("layer"); this.branch = choose("branch");
+    this.path = make("input", { type: "text", placeholder: "weights.safetensors", spellcheck: false,
+      onkeydown: (e) => { if (e.key === "Enter") this.open(); } });
+    this.file = make("div", { className: "mx-row", hidden: true }, labelled("Weights file on the kernel's machine", this.path, "mx-wide"),
+      make("button", { type: "button", textContent: "Open", onclick: () => this.open() }));
+    this.canvas = make("canvas", { tabIndex: 0, role: "application", className: "mx-picture",
+      onkeydown: (e) => app.key(e), onpointerdown: (e) => this.point(e, true), onpointermove: (e) => this.point(e, false),
+      onpointerleave: () => { this.under.textContent = "\u00a0"; } });
+    this.stage = make("div", { className: "mx-stage" }, this.canvas);
+    this.bar = make("canvas", { width: 160, height: 10, className: "mx-bar", role: "img", "aria-label": "colours of the weights" });
+    this.low = make("span"); this.high = make("span");
+    this.under = make("div", { className: "mx-under" }, "\u00a0");
+    this.patches = make("div", { className: "mx-patches", role: "list", "aria-label": "query patch and matched patches" });
+    this.numbers = make("dl", { className: "mx-numbers" });
+    this.body = make("div", { className: "mx-body" },
+      make("div", {}, this.stage, make("div", { className: "mx-legend" }, this.low, this.bar, this.high), this.under),
+      make("div", {}, this.patches, this.numbers));
+    const name = index ? "second" : "first";
+    this.node = make("section", { className: "mx-panel", "aria-label": `${name} map` },
+      make("div", { className: "mx-choices" }, labelled("Model", this.model), labelled("Layer", this.layer), labelled("Branch", this.branch)),
+      this.file,
+      this.body);
+  }
+
+  choose(what, value) {
+    this.file.hidden = !(what === "model" && value === FILE);
+    if (!this.file.hidden) return this.path.focus();
+    this.app.panel(this.index, { [what]: value });
+  }
+
+  open() { if (this.path.value.trim()) this.app.panel(this.index, { model: this.path.value.trim() }); }
+
+  position(event) {
+    const box = this.canvas.getBoundingClientRect(), [height, width] = this.show.size;
+    return [clamp(Math.floor((event.clientY - box.top) * height / box.height), 0, height - 1),
+      clamp(Math.floor((event.clientX - box.left) * width / box.width), 0, width - 1)];
+  }
+
+  point(event, pressed) {
+    if (!this.show) return;
+    const at = this.position(event);
+    this.under.textContent = `row ${at[0]}, column ${at[1]}: weight ${number(this.map[at[0] * this.show.size[1] + at[1]])}`;
+    if (pressed) this.canvas.setPointerCapture(event.pointerId);
+    if (pressed || event.buttons & 1 || this.app.follow.checked) this.app.look(at, pressed);
+  }
+
+  update(state) {
+    const { options, scene } = state, panel = state.panels[this.index], layers = scene.layers[this.index];
+    if (!layers) return;
+    fill(this.model, [...options.models, FILE], panel.model, (n) => (n === FILE ? "Weights file \u2026" : n));
+    fill(this.layer, layers.map((l) => l[0]), panel.layer);
+    fill(this.branch, (layers.find((l) => l[0] === panel.layer) || [0, []])[1], panel.branch);
+    this.file.hidden = true;
+    const { map, largest, ...found } = state.answer.panels[this.index];
+    this.map = floats(map);
+    this.table = bytes(options.palettes[state.palette]);
+    this.show = { ...found, most: largest, size: scene.size, picture: state.photograph, point: state.point,
+      opacity: state.opacity, decades: span(this.map, largest, state.decades), title: `${panel.model}, ${panel.layer}, ${panel.branch}` };
+    this.show.heat = heat(scene.size, this.map, largest, this.table, this.show.decades);
+    this.canvas.setAttribute("aria-label", `Map of ${this.show.title} for row ${state.point[0]}, column ${state.point[1]}. ` +
+      "Arrow keys move the pixel, with Shift by ten; plus, minus and zero zoom.");
+    this.list(); this.draw();
+  }
+
+  fitting() {   // screen pixels a pixel, so that all is seen
+    const [height, width] = this.show.size, columns = getComputedStyle(this.body).gridTemplateColumns.split(" ").length;
+    const room = (this.body.clientWidth || 480) - 10 - (columns > 1 ? 280 : 0);
+    const z = Math.min(Math.max(room, 64) / width, TALLEST / height, 48);
+    return z > 2 ? Math.floor(z) : z;
+  }
+
+  draw() {
+    if (!this.show) return;
+    const [height, width] = this.show.size, dense = window.devicePixelRatio || 1;
+    this.z = this.app.state.zoom ? clamp(this.app.state.zoom, 0.1, LARGEST / Math.max(height, width)) : this.fitting();
+    this.canvas.width = Math.max(1, Math.round(width * this.z * dense));
+    this.canvas.height = Math.max(1, Math.round(height * this.z * dense));
+    this.canvas.style.width = `${width * this.z}px`; this.canvas.style.height = `${height * this.z}px`;
+    const context = this.canvas.getContext("2d");
+    context.scale(dense, dense);
+    paint(context, this.show, this.z);
+    this.reveal();
+  }
+
+  reveal() {   // scroll a zoomed picture to the query
+    const { stage, z } = this, [row, column] = this.show.point;
+    for (const [side, start, at] of [["clientHeight", "scrollTop", row * z], ["clientWidth", "scrollLeft", column * z]]) {
+      if (at < stage[start] + 16 || at > stage[start] + stage[side] - 16) stage[start] = at - stage[side] / 2;
+    }
+  }
+
+  list() {
+    legend(this.bar.getContext("2d"), this.table, 160, 10);
+    [this.low.textContent, this.high.textContent] = ends(this.show);
+    const patch = (box, colour, ...captions) => {
+      const canvas = make("canvas", { width: 96, height: 96, style: `border-color: ${colour}` });
+      enlarge(canvas.getContext("2d"), this.show, box, colour, 96);
+      return make("figure", { role: "listitem" }, canvas, make("figcaption", {}, ...captions.map((c) => make("span", {}, c))));
+    };
+    this.patches.replaceChildren(patch(this.show.query, "#FFFFFF", "query", place(this.show.query)),
+      ...this.show.matches.map((m, i) => patch(m.box, RANKS[i], `${i + 1}: ${percent(m.weight)}`, place(m.box))));
+    this.numbers.replaceChildren(...[...facts(this.show), ["Answered in", `${this.show.ms.toFixed(0)} ms`]]
+      .map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
+  }
+}
+
+// ---- the view as one picture ---------------------------------------------------------------------------------------
+
+function exported(panels, state) {
+  const wide = 512, patch = 72, gap = 16, [height, width] = state.scene.size;
+  const z = Math.min(wide / width, wide / height), tall = Math.ceil(height * z);
+  const canvas = make("canvas", { width: panels.length * (wide + gap) + gap, height: tall + 232 });
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#FFF"; context.fillRect(0, 0, canvas.width, canvas.height);
+  panels.forEach(({ show, table }, i) => {
+    const write = (text, x, y, font = "13px sans-serif") => {
+      context.font = font; context.fillStyle = "#111"; context.textBaseline = "alphabetic"; context.fillText(text, x, y, wide);
+    };
+    context.save();
+    context.translate(gap + i * (wide + gap), 0);
+    write(show.title, 0, 22, "bold 13px sans-serif");
+    write(`${state.picture}, row ${show.point[0]}, column ${show.point[1]}`, 0, 42);
+    context.save();
+    context.translate(0, 52); context.beginPath(); context.rect(0, 0, width * z, height * z); context.clip();
+    paint(context, show, z);
+    context.restore();
+    legend(context, table, 160, 10, 0, tall + 60);
+    write(ends(show).join(" \u2026 "), 170, tall + 70);
+    [{ box: show.query }, ...show.matches.slice(0, 6)].forEach((m, j) => {
+      enlarge(context, show, m.box, j ? RANKS[j - 1] : "#FFF", patch - 4, j * patch, tall + 80);
+      write(j ? `${j}: ${percent(m.weight)}` : "query", j * patch, tall + 80 + patch + 10, "11px sans-serif");
+    });
+    facts(show).forEach(([name, value], j) =>
+      write(`${name}: ${value}`, (j % 2) * (wide / 2), tall + 80 + patch + 36 + 20 * Math.floor(j / 2)));
+    context.restore();
+  });
+  return canvas;
+}
+
+// ---- the whole -----------------------------------------------------------------------------------------------------
+
+class App {
+  constructor(model, el) {
+    Object.assign(this, { model, waiting: false, next: null });
+    const set = (name, value) => this.set(name, value);
+    const button = (text, label, act) => make("button", { type: "button", textContent: text, "aria-label": label, title: label, onclick: act });
+    const coordinate = (axis) => make("input", { type: "number", min: 0, onchange: (e) => {
+      const point = [...this.state.point]; point[axis] = Number(e.target.value); this.look(point, true); } });
+    this.pictures = make("select", { onchange: (e) => this.ask("picture", e.target.value) });
+    this.upload = make("input", { type: "file", accept: "image/*", hidden: true, onchange: (e) => { this.send(e.target.files[0]); e.target.value = ""; } });
+    this.sides = make("select", { onchange: (e) => this.ask("side", Number(e.target.value)) });
+    this.row = coordinate(0); this.column = coordinate(1);
+    this.compare = make("input", { type: "checkbox", onchange: () => this.toggle() });
+    this.follow = make("input", { type: "checkbox" });
+    this.count = make("input", { type: "number", min: 1, max: RANKS.length,
+      onchange: (e) => this.ask("matches", clamp(Math.round(Number(e.target.value)) || 1, 1, RANKS.length)) });
+    this.palette = make("select", { onchange: (e) => set("palette", e.target.value) });
+    this.opacity = make("input", { type: "range", min: 0, max: 1, step: 0.05, oninput: (e) => set("opacity", Number(e.target.value)) });
+    this.scale = make("select", { onchange: (e) => set("decades", Number(e.target.value)) });
+    this.factor = make("output", { className: "mx-factor" });
+    this.notice = make("p", { className: "mx-notice", role: "status" });
+    this.problem = make("p", { className: "mx-problem", role: "alert", hidden: true });
+    this.busy = make("p", { className: "mx-busy", role: "status" });
+    this.code = make("pre", { className: "mx-code", tabIndex: 0, "aria-label": "code cell for this view" });
+    this.copied = make("span", { role: "status" });
+    this.panels = [new Panel(this, 0), new Panel(this, 1)];
+    const check = (text, control) => make("label", { className: "mx-check" }, control, make("span", {}, text));
+    this.root = make("div", { className: "msnlan-explorer", "data-lm-suppress-shortcuts": "true" },
+      make("div", { className: "mx-row" }, labelled("Picture", this.pictures), this.upload,
+        button("Upload \u2026", "Upload a picture of your own", () => this.upload.click()), labelled("Longest side", this.sides), labelled("Row", this.row), labelled("Column", this.column),
+        check("Compare two maps", this.compare), check("Follow the pointer", this.follow)),
+      make("div", { className: "mx-row" }, labelled("Colours", this.palette), labelled("Opacity of the map", this.opacity),
+        labelled("Scale", this.scale), labelled("Matches", this.count),
+        make("div", { className: "mx-zoom", role: "group", "aria-label": "zoom" }, button("\u2212", "Zoom out", () => this.enlarge(-1)),
+          this.factor, button("+", "Zoom in", () => this.enlarge(1)), button("Fit", "Fit the picture", () => set("zoom", 0))),
+        button("Save PNG", "Save this view as PNG", () => this.save())),
+      this.problem, make("div", { className: "mx-lines" }, make("p", {}, "Click a pixel, or move it with the arrow keys."), this.notice, this.busy),
+      make("div", { className: "mx-panels" }, ...this.panels.map((p) => p.node)),
+      make("details", {}, make("summary", {}, "Code cell for this view"), this.code,
+        make("div", { className: "mx-row" }, button("Copy", "Copy the code cell", () => this.copy()), this.copied)));
+    el.append(this.root);
+    this.listen();
+  }
+
+  get state() { return this.current; }
+
+  listen() {
+    const names = ["picture", "side", "point", "panels", "matches", "opacity", "palette", "decades", "zoom", "options",
+      "answer", "problem", "busy", "code", "scene"];
+    this.read = () => Object.fromEntries(names.map((n) => [n, this.model.get(n)]));
+    const pairs = names.map((n) => [`change:${n}`, () => this.changed(n)]);
+    pairs.forEach(([event, act]) => this.model.on(event, act));
+    const observer = new ResizeObserver(() => this.panels.forEach((p) => p.draw()));
+    observer.observe(this.root);
+    this.close = () => { pairs.forEach(([event, act]) => this.model.off(event, act)); observer.disconnect(); };
+    this.update();
+  }
+
+  changed(name) {
+    if (name === "answer") this.waiting = false;
+    if (name === "busy" || name === "problem") return this.say();
+    if (!this.due) this.due = requestAnimationFrame(() => { this.due = 0; this.update(); });
+  }
+
+  say() {
+    const problem = this.model.get("problem"), busy = this.model.get("busy") || (this.waiting ? "Working" : "");
+    this.problem.textContent = problem; this.problem.hidden = !problem;
+    this.busy.textContent = busy && `${busy} \u2026`;
+    this.root.setAttribute("aria-busy", String(Boolean(busy)));
+  }
+
+  update() {
+    const state = this.read();
+    if (!state.scene.size || !state.answer.panels) return;
+    state.photograph = this.seen === state.scene ? this.current.photograph : photograph(state.scene);
+    this.seen = state.scene; this.current = state;
+    const { options, panels } = state;
+    fill(this.pictures, options.pictures, state.picture);
+    fill(this.sides, [...new Set([...options.sides, state.side])], state.side, (s) => `${s} px`);
+    fill(this.scale, [...new Set([...SCALES.map((s) => s[0]), state.decades])], state.decades,
+      (n) => (SCALES.find((s) => s[0] === n) || [0, `logarithmic, ${n} decades`])[1]);
+    fill(this.palette, Object.keys(options.palettes), state.palette);
+    [this.row.value, this.column.value] = state.point;
+    [this.row.max, this.column.max] = state.scene.size.map((n) => n - 1);
+    this.compare.checked = panels.length > 1;
+    this.count.value = state.matches; this.opacity.value = state.opacity;
+    this.notice.textContent = state.scene.notice; this.code.textContent = state.code;
+    this.root.classList.toggle("mx-two", panels.length > 1);
+    this.panels.forEach((p, i) => { p.node.hidden = i >= panels.length; });
+    if (state.answer.panels.length === panels.length) this.panels.slice(0, panels.length).forEach((p) => p.update(state));
+    this.factor.textContent = state.zoom ? `${number(state.zoom)}\u00d7` : "fit";
+    this.say();
+    this.root.dataset.count = state.answer.count;
+    if (this.next && !this.waiting) { const point = this.next; this.next = null; this.look(point); }
+  }
+
+  set(name, value) { this.model.set(name, value); this.model.save_changes(); }
+
+  ask(name, value) {   // what the kernel must answer
+    this.waiting = true;
+    this.set(name, value);
+    setTimeout(() => { if (this.waiting) this.say(); }, 300);
+  }
+
+  look(point, now = false) {   // while an answer is due only the latest of many moves is kept
+    const [height, width] = this.state.scene.size;
+    const at = [clamp(Math.round(point[0]) || 0, 0, height - 1), clamp(Math.round(point[1]) || 0, 0, width - 1)];
+    if (this.waiting && !now) { this.next = at; return; }
+    this.next = null;
+    const [row, column] = this.model.get("point");
+    if (at[0] !== row || at[1] !== column) this.ask("point", at);
+  }
+
+  key(event) {
+    const step = event.shiftKey ? 10 : 1, [row, column] = this.next || this.model.get("point");
+    const moves = { ArrowUp: [-step, 0], ArrowDown: [step, 0], ArrowLeft: [0, -step], ArrowRight: [0, step] };
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (moves[event.key]) this.look([row + moves[event.key][0], column + moves[event.key][1]]);
+    else if (event.key === "+" || event.key === "=") this.enlarge(1);
+    else if (event.key === "-") this.enlarge(-1);
+    else if (event.key === "0") this.set("zoom", 0);
+    else return;
+    event.preventDefault(); event.stopPropagation();
+  }
+
+  enlarge(step) {
+    const z = this.panels[0].z || 1, most = Math.max(1, Math.min(64, Math.floor(LARGEST / Math.max(...this.state.scene.size))));
+    this.set("zoom", clamp(step > 0 ? Math.floor(z) + 1 : Math.ceil(z) - 1, 1, most));
+  }
+
+  panel(index, change) { this.ask("panels", this.state.panels.map((p, i) => (i === index ? { ...p, ...change } : p))); }
+
+  toggle() {
+    const [first] = this.state.panels, layers = this.state.scene.layers[0];
+    const all = layers.find((l) => l[0] === first.layer)[1];
+    const other = { ...first, branch: all[(all.indexOf(first.branch) + 1) % all.length] };
+    this.ask("panels", this.compare.checked ? [first, other] : [first]);
+  }
+
+  async send(file) {
+    if (!file) return;
+    const parts = Math.max(1, Math.ceil(file.size / PART));
+    if (file.size > 200 * 2 ** 20) { this.problem.textContent = `${file.name} has more than 200 MB`; this.problem.hidden = false; return; }
+    this.waiting = true; this.say();
+    for (let part = 0; part < parts; part++) {
+      const buffer = await file.slice(part * PART, (part + 1) * PART).arrayBuffer();
+      this.model.send({ kind: "upload", name: file.name, part, parts }, undefined, [buffer]);
+    }
+  }
+
+  save() {
+    const shown = this.panels.slice(0, this.state.panels.length), [row, column] = this.state.point;
+    exported(shown, this.state).toBlob((blob) => {
+      const url = URL.createObjectURL(blob), name = this.state.picture.replace(/.*[\\/]/, "").replace(/[^\w.-]+/g, "-");
+      make("a", { href: url, download: `${name}-${row}-${column}.png` }).click();
+      setTimeout(() => URL.revokeObjectURL(url), 1000);
+    });
+  }
+
+  async copy() {
+    try { await navigator.clipboard.writeText(this.state.code); this.copied.textContent = "Copied."; }
+    catch { getSelection().selectAllChildren(this.code); this.copied.textContent = "Selected: press Ctrl+C."; }
+    setTimeout(() => { this.copied.textContent = ""; }, 3000);
+  }
+}
+
+export default {
+  render({ model, el }) { const app = new App(model, el); return () => app.close(); },
+};

@@ -1,0 +1,213 @@
+"""The explorer without a browser: pictures of any kind, layers of every system, speed, memory, the cell of a view."""
+import io, re, statistics, time
+from importlib.resources import files
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+from msnlan.correlation import correlation_maps
+from msnlan.explorer import SUFFIX, UNTRAINED, Desk, Explorer, Shared, model_names, serve
+from msnlan.models.zoo import create_model, save_weights
+
+SMALL = 'msnlan' + SUFFIX
+
+
+def picture(height=20, width=24, seed=0): return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(image, kind='PNG'):
+    out = io.BytesIO(); Image.fromarray(image).save(out, kind)
+    return out.getvalue()
+
+
+def upload(explorer, name, data, part=300):
+    "What the browser sends for a file: parts of at most `part` bytes"
+    parts = max(1, -(-len(data)//part))
+    for i in range(parts):
+        explorer.receive(explorer, dict(kind='upload', name=name, part=i, parts=parts), [memoryview(data[i*part:(i+1)*part])])
+
+
+def shown(explorer, panel=0):
+    "The map that was sent, (H, W)"
+    return np.frombuffer(explorer.answer['panels'][panel]['map'], '<f4').reshape(explorer.scene['size'])
+
+
+@pytest.fixture(scope='module')
+def explorer(): return Explorer(picture(), SMALL)
+
+
+def test_sends_the_maps_of_the_correlation_room(explorer):
+    explorer.point = [3, 17]
+    net = Desk().network(SMALL)
+    for branch, m in zip(('3x3 in-scale', '5x5 in-scale', '7x7 in-scale'), correlation_maps(net, picture(), [(3, 17)])):
+        explorer.panels = [dict(model=SMALL, layer='block.branches', branch=branch)]
+        np.testing.assert_allclose(shown(explorer), m.on_picture()[0], atol=1e-7)
+        found = explorer.answer['panels'][0]
+        assert found['effective_keys'] == pytest.approx(m.effective_keys[0]) and found['distance'] == pytest.approx(m.distance[0])
+        assert [x['weight'] for x in found['matches']] == pytest.approx([x.weight for x in m.matches(0, 5)])
+        assert found['query'] == list(m.query_box())
+
+
+@pytest.mark.parametrize('system', UNTRAINED)
+def test_every_layer_and_branch_of(system):
+    e = Explorer(picture(30, 26), system + SUFFIX, point=(8, 9))
+    maps = set()
+    for layer, choices in e.scene['layers'][0]:
+        for branch in choices:
+            e.panels = [dict(model=system + SUFFIX, layer=layer, branch=branch)]
+            assert e.problem == '' and e.panels[0]['branch'] == branch
+            assert shown(e).min() >= 0 and 0 < shown(e).max() <= 1 + 1e-6
+            assert 0 < e.answer['panels'][0]['share'] <= 1 + 1e-5
+            maps.add(e.answer['panels'][0]['map'])
+    assert len(maps) == sum(len(c) for _, c in e.scene['layers'][0])          # no two choices show the same
+
+
+def test_two_models_share_the_pixel():
+    e = Explorer(picture(), SMALL, against=dict(model='csnln' + SUFFIX, branch='3x3 cross-scale'), point=(5, 6))
+    first = [p['map'] for p in e.answer['panels']]
+    e.point = [11, 2]
+    second = [p['map'] for p in e.answer['panels']]
+    assert all(a != b for a, b in zip(first, second)) and second[0] != second[1]
+    middles = [(q[0] + q[2]/2, q[1] + q[3]/2) for q in (p['query'] for p in e.answer['panels'])]
+    assert middles == [(11.5, 2.5)]*2
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 9), (9, 1)])
+def test_smallest_pictures(shape):
+    for system in UNTRAINED:
+        e = Explorer(picture(*shape), system + SUFFIX)
+        e.point = [8, 8]
+        assert e.point == [shape[0] - 1, shape[1] - 1] and np.isfinite(shown(e)).all() and e.problem == ''
+
+
+def test_grey_alpha_and_palette_pictures(explorer):
+    grey = picture()[..., 0]
+    upload(explorer, 'grey.png', encoded(grey))
+    assert explorer.problem == '' and explorer.scene['pixels'] == np.repeat(grey[..., None], 3, 2).tobytes()
+    clear = np.dstack([picture(), np.zeros((20, 24), np.uint8)])
+    upload(explorer, 'clear.png', encoded(clear))
+    assert explorer.problem == '' and set(explorer.scene['pixels']) == {255}   # nothing on white
+    out = io.BytesIO(); Image.fromarray(picture()).quantize(8).save(out, 'GIF')
+    upload(explorer, 'colours.gif', out.getvalue())
+    assert explorer.problem == '' and explorer.picture == 'colours.gif' and 'colours.gif' in explorer.options['pictures']
+
+
+def test_large_picture_is_reduced_with_a_notice(explorer):
+    upload(explorer, 'large.jpg', encoded(np.tile(picture(30, 40), (100, 100, 1)), 'JPEG'), 2**20)
+    assert explorer.problem == '' and explorer.scene['size'] == [96, 128]
+    assert explorer.scene['notice'] == 'Reduced from 4000 x 3000 to 128 x 96 pixels.'
+    explorer.side = 64
+    assert explorer.scene['size'] == [48, 64]
+    explorer.side = 128
+
+
+@pytest.mark.parametrize('data', [b'', b'no picture at all', encoded(picture())[:200]], ids=['empty', 'text', 'truncated'])
+def test_what_is_no_picture_gets_a_message(explorer, data):
+    before = explorer.scene['pixels'], explorer.picture, explorer.answer['panels']
+    upload(explorer, 'broken.png', data)
+    assert explorer.problem.startswith('broken.png is not a picture that can be read') and '\n' not in explorer.problem
+    assert (explorer.scene['pixels'], explorer.picture, explorer.answer['panels']) == before
+    explorer.point = [0, (explorer.point[1] + 1)%20]
+    explorer.panels = [dict(explorer.panels[0], branch='7x7 in-scale')]
+    assert explorer.problem == ''                                            # gone with the next thing that works
+
+
+def test_upload_with_the_name_of_another(explorer):
+    upload(explorer, 'same.png', encoded(picture(seed=1))); first = explorer.answer['panels'][0]['map']
+    upload(explorer, 'same.png', encoded(picture(seed=2)))
+    assert explorer.scene['pixels'] == picture(seed=2).tobytes() and explorer.answer['panels'][0]['map'] != first
+    upload(explorer, 'astronaut', encoded(picture()))
+    assert explorer.picture == 'astronaut (yours)'
+
+
+def test_weights_file(tmp_path, explorer):
+    net = create_model('msnlan', scale=2, n_feats=16, n_resgroups=2, n_resblocks=1)
+    path = str(save_weights(net, tmp_path/'mine.safetensors'))
+    explorer.panels = [dict(model=path)]
+    assert explorer.problem == '' and path in explorer.options['models']
+    (tmp_path/'broken.safetensors').write_bytes(b'no weights')
+    for bad in str(tmp_path/'broken.safetensors'), str(tmp_path/'none.pt'), str(tmp_path), '':
+        explorer.panels = [dict(model=bad)]
+        assert explorer.problem and '\n' not in explorer.problem and explorer.panels[0]['model'] == path
+
+
+def test_own_network_and_its_mode():
+    net = create_model('msnlan', scale=2, n_feats=16, n_resgroups=2, n_resblocks=1).train()
+    e = Explorer(picture(), net, against=dict(branch='7x7 in-scale'))
+    assert [p['model'] for p in e.panels] == ['your msnlan 1']*2 and not net.training
+    assert 'model=your_msnlan_1' in e.code
+
+
+def test_cell_makes_the_same_view(tmp_path):
+    path = tmp_path/'a.png'; path.write_bytes(encoded(picture()))
+    e = Explorer(str(path), SMALL, point=(2, 3), against=dict(model='panet' + SUFFIX), palette='viridis', decades=4)
+    e.point, e.opacity, e.zoom = [7, 8], .35, 3.
+    scope = {}
+    exec(e.code.replace('Explorer(', 'again = Explorer(', 1), scope)
+    again = scope['again']
+    for name in 'picture', 'point', 'panels', 'side', 'opacity', 'zoom', 'palette', 'decades', 'matches', 'scene', 'code':
+        assert getattr(again, name) == getattr(e, name), name
+    assert [p['map'] for p in again.answer['panels']] == [p['map'] for p in e.answer['panels']]
+
+
+def test_mistakes_in_python_are_errors():
+    for settings, text in [(dict(picture='nothing.png'), 'expected a picture file'), (dict(model='edsr'), 'no weights file'),
+                           (dict(layer='nowhere'), "layer is 'nowhere'"), (dict(branch='9x9'), 'has 3x3 in-scale, 5x5 in-scale')]:
+        with pytest.raises((ValueError, OSError), match=text): Explorer(**dict(picture=picture(), model=SMALL) | settings)
+
+
+def test_browser_side_reads_traits_that_exist():
+    code = (files('msnlan')/'static/explorer.js').read_text()
+    names = set(re.findall(r'(?:this\.ask|\bset|this\.set|model\.get)\("(\w+)"', code))
+    names |= set(re.findall(r'"(\w+)"', re.search(r'const names = \[(.*?)\]', code, re.S)[1]))
+    shared = {n for n, t in Shared.class_traits(sync=True).items() if not n.startswith('_')}
+    assert names <= shared and {'picture', 'panels', 'point', 'answer', 'scene', 'decades'} <= names
+
+
+def test_nothing_on_the_page_comes_from_elsewhere():
+    for f in (files('msnlan')/'static').iterdir():
+        if f.is_file(): assert not re.search(r'https?:|//cdn|@import|url\(', f.read_text()), f.name
+
+
+def test_page_without_voila(monkeypatch):
+    monkeypatch.setattr('msnlan.explorer.find_spec', lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'msnlan\[explore\]'"): serve()
+
+
+def memory():
+    "Resident memory of this process, MB"
+    with open('/proc/self/statm') as f: return int(f.read().split()[1])*4096/2**20
+
+
+@pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='needs /proc')
+def test_memory_stays_flat_over_500_clicks():
+    e, rng, seen = Explorer(picture(32, 32), SMALL), np.random.default_rng(0), []
+    for i in range(600):
+        e.point = rng.integers(0, 32, 2).tolist()
+        if i >= 99 and i%100 == 99: seen.append(memory())                    # the first hundred fill what is kept
+    assert e.answer['count'] > 500 and max(seen) - seen[0] < 8, seen
+
+
+def test_memory_of_kept_features_is_bounded():
+    e = Explorer(picture(), SMALL)
+    for side in range(8, 20): e.side = side
+    assert len(e.desk.kept.found) <= 4 and len(e.desk.scenes.found) <= 4
+    first = e.desk.features(e.picture, 19, SMALL)
+    assert e.desk.features(e.picture, 19, SMALL) is first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['msnlan-tiny-x2', 'msnlan of 64 features'])
+def test_a_click_answers_within_a_third_of_a_second(name):
+    torch.manual_seed(0)
+    net = name if name in model_names() else create_model('msnlan', scale=2, n_feats=64, n_resgroups=2, n_resblocks=1)
+    e = Explorer('astronaut', net, side=256)
+    assert e.scene['size'] == [256, 256]
+    times = {}
+    for branch in e.scene['layers'][0][0][1]:
+        e.panels = [dict(e.panels[0], branch=branch)]
+        for i in range(9):
+            start = time.perf_counter(); e.point = [20*i + 3, 240 - 20*i]
+            times.setdefault(branch, []).append(time.perf_counter() - start)
+    medians = {b: statistics.median(t) for b, t in times.items()}
+    print(name, {b: f'{1000*t:.0f} ms' for b, t in medians.items()})
+    assert max(medians.values()) < .3, medians
