@@ -24,10 +24,10 @@ reproduce: $(READY)  ## train, evaluate, draw, tabulate: PRESET=smoke (default),
 	@$(BIN)/msnlan reproduce $(PRESET)
 
 test: $(READY)  ## everything that is checked on each change
-	@$(BIN)/python -m pytest -q --durations=12 tests
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations=12 tests
 
 test-all: $(READY)  ## the long checks too
-	@$(BIN)/python -m pytest -q --durations=25 --all tests
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations=25 --all tests
 
 lab: $(READY)  ## JupyterLab in the same environment
 	@$(BIN)/jupyter lab nbs

@@ -5,6 +5,8 @@ import pytest
 
 os.environ.setdefault('MSNLAN_OFFLINE', '1')   # a missing set is an error here, not a download
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')   # as `import msnlan` sets it; here before any import of torch
+if 'PYTEST_XDIST_WORKER' in os.environ:        # several workers share the cores
+    for name in ('OMP_NUM_THREADS', 'NUMBA_NUM_THREADS'): os.environ.setdefault(name, '1')
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = next((p for p in [ROOT.parent/'shared'] if (p/'golden').is_dir() and (p/'data').is_dir()), None)
