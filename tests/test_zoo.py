@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import ROOT
+from msnlan.datasets import PatchDataset, Picture
+from msnlan.degradations import degrade
 from msnlan.inference import predict
 from msnlan.models.cards import kept_scores, model_card
 from msnlan.models.checkpoints import infer_config, read_state, to_authors
@@ -307,21 +309,15 @@ def picture(patch=64):
     return np.ascontiguousarray(data.astronaut()[96:96+patch, 160:160+patch])
 
 
-def pairs(net, size=12, seed=0):
+def degraded(net, img):
+    "Input and target of the network's task: reduced, noisy (sigma 50), mosaicked, or through JPEG at quality 10"
+    return degrade(img, net.task, {'sr': net.scale, 'denoise': 50, 'dejpeg': 10}.get(net.task), 'astronaut')
+
+
+def pairs(net, size=12, batch=4):
     "Batches of input and target patches of a real picture for the network's task"
-    from msnlan.images import imresize
-    full, rng, s = picture(144), np.random.default_rng(seed), net.scale
-    clean = full if net.n_colors == 3 else full[..., :1]
-    if s > 1: given = imresize(clean, 1/s)
-    elif net.task == 'demosaic':
-        given = np.zeros_like(clean)
-        for y, x, c in ((0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 2)): given[y::2, x::2, c] = clean[y::2, x::2, c]
-    else: given = np.clip(clean + rng.normal(0, 25, clean.shape), 0, 255).round().astype(np.uint8)
-    given = given.reshape(*given.shape[:2], -1)
-    while True:
-        at = [(2*rng.integers((given.shape[0]-size)//2), 2*rng.integers((given.shape[1]-size)//2)) for _ in range(4)]
-        cut = lambda img, k: torch.stack([torch.from_numpy(img[k*y:k*(y+size), k*x:k*(x+size)]).permute(2, 0, 1)/255 for y, x in at])
-        yield cut(given, 1), cut(clean, s)
+    data = PatchDataset([Picture('astronaut', array=picture(144))], net.scale, size, degradation=lambda img: degraded(net, img))
+    for i in range(0, len(data), batch): yield [torch.stack(t) for t in zip(*[data[i+k] for k in range(batch)])]
 
 
 def train(net, steps=20):
@@ -342,10 +338,10 @@ def check_training(name, task, scale, tmp_path):
     assert last < first, (first, last)
     back = load_model(save_weights(net, tmp_path/'trained.safetensors', dict(steps=20)))
     assert all(torch.equal(v, back.state_dict()[k]) for k,v in net.state_dict().items())
-    img = picture(24)
-    out = predict(back, img, tile='chop')
-    assert out.shape == (scale*24, scale*24, 3) and out.std() > 5
-    assert np.array_equal(out, predict(net, img, tile='chop'))
+    given, target = degraded(net, picture(24*scale))
+    out = predict(back, given, tile='chop')
+    assert out.shape == target.shape and out.std() > 5
+    assert np.array_equal(out, predict(net, given, tile='chop'))
 
 
 def test_a_network_trains_saves_and_upscales(tmp_path): check_training('msnlan', 'sr', 2, tmp_path)

@@ -57,8 +57,7 @@ class InScaleAttention(nn.Module):
         if self.regions == 1: return self.attention(q, k, v)
         rows, cols = min(self.regions, x.shape[2]), min(self.regions, x.shape[3])
         strips = zip(*[t.tensor_split(rows, 2) for t in (q, k, v)])
-        strips = [zip(*[t.tensor_split(cols, 3) for t in strip])
-            for strip in strips]  # (q, k, v) of each part
+        strips = [zip(*[t.tensor_split(cols, 3) for t in strip]) for strip in strips]  # parts' (q, k, v)
         return torch.cat([torch.cat([self.attention(*part) for part in strip], 3) for strip in strips], 2)
 
 # %% ../../nbs/models/csnln.ipynb #8e5147bb
@@ -84,7 +83,7 @@ class Projection(nn.Module):
     "Mutual-projected fusion of in-scale and cross-scale attention; (N, C, H, W) to (N, C, f*H, f*W)"
     def __init__(self,
         n_feats:int,            # channels C
-        factor:int,             # f: 2 or 3
+        factor:int,             # f: 2, 3 or 4
         regions:int=1,          # of the in-scale attention
         fusion:str='program',   # 'program' or 'paper'
     ):
@@ -125,11 +124,13 @@ class Cell(nn.Module):
     def __init__(self,
         n_feats:int, # channels C
         scale:int,   # s: 2, 3 or 4
+        x4_stages:int=2, # stages of scale 4
         **options,   # regions, fusion
     ):
         super().__init__()
-        f, totals = 3 if scale == 3 else 2, [2, 4] if scale == 4 else [scale]
-        self.stages = nn.ModuleList([Stage(n_feats, f, total, **options) for total in totals])
+        totals = [2, 4] if scale == 4 and x4_stages == 2 else [scale]
+        self.factor = totals[0]                                            # of each stage
+        self.stages = nn.ModuleList([Stage(n_feats, self.factor, total, **options) for total in totals])
         self.down, self.post = Down(n_feats, scale), Embedding(n_feats, n_feats, 3)
 
     def forward(self, x:Tensor)->tuple[Tensor, Tensor]:
@@ -149,20 +150,21 @@ class CSNLN(Network):
         rgb_range:float=1,      # largest value of a picture inside the network
         regions:int=1,          # in-scale attention in regions x regions parts (the paper: more than 1)
         fusion:str='program',   # 'program', or 'paper' for Eq. 5 and 6
+        x4_stages:int=2,        # stages of scale 4: 2, or 1 (the paper)
         n_colors:int=3,         # 3, or 1 for grey pictures
     ):
         super().__init__(dict(scale=scale, n_feats=n_feats, depth=depth, rgb_range=rgb_range, regions=regions,
-                              fusion=fusion, n_colors=n_colors))
+                              fusion=fusion, x4_stages=x4_stages, n_colors=n_colors))
         whole('n_feats', n_feats, 2); whole('depth', depth); whole('regions', regions)
-        one_of('fusion', fusion, ('program', 'paper'))
+        one_of('fusion', fusion, ('program', 'paper')); one_of('x4_stages', x4_stages, (1, 2))
         self.entry, self.exit = [MeanShift(sign, rgb_range, n_colors=n_colors) for sign in (-1, 1)]
         self.head = nn.Sequential(Embedding(n_colors, n_feats, 3), Embedding(n_feats, n_feats, 3))
-        self.cell = Cell(n_feats, scale, regions=regions, fusion=fusion)
+        self.cell = Cell(n_feats, scale, x4_stages, regions=regions, fusion=fusion)
         self.tail = conv(depth*n_feats, n_colors)
 
     def features(self, x:Tensor)->Tensor:
         H, W = x.shape[2:]
-        step = 3 if self.scale == 3 else 2                                 # a stage halves or thirds the map
+        step = self.cell.factor                                            # a stage reduces the map by it
         x = F.pad(x, (0, -W%step, 0, -H%step), mode='replicate')
         x, seen = self.head(self.entry(x)), []
         for _ in range(self.config['depth']):

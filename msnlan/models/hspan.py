@@ -10,8 +10,7 @@ import torch
 from torch import nn, Tensor
 
 from ..layers import (Embedding, MeanShift, Network, PatchAttention, ResidualBlock, Upsampler, conv,
-    one_of,
-                           positive, whole)
+                           one_of, positive, whole)
 
 # %% ../../nbs/models/hspan.ipynb #9d229edf
 class HSPA(nn.Module):
@@ -66,7 +65,7 @@ class HSPAN(Network):
     ):
         super().__init__(dict(scale=scale, n_feats=n_feats, n_resgroups=n_resgroups, n_resblocks=n_resblocks,
             reduction=reduction, topk=topk, res_scale=res_scale, rgb_range=rgb_range, weighting=weighting,
-                n_colors=n_colors))
+            n_colors=n_colors))
         self.check(n_feats, n_resgroups, n_resblocks, reduction, topk, res_scale, weighting)
         self.entry, self.exit = [MeanShift(sign, rgb_range, n_colors=n_colors) for sign in (-1, 1)]
         self.a = nn.Parameter(torch.zeros(1))                              # in the checkpoints, unused

@@ -32,28 +32,34 @@ class MSFF(nn.Module):
     def __init__(self,
         n_feats:int,        # channels C
         residual:bool=True, # add the input
+        chained:bool=False, # each kernel works on the result of the one before
     ):
         super().__init__()
-        self.residual = residual
+        self.residual, self.chained = residual, chained
         self.convs = nn.ModuleList([conv(n_feats, n_feats, k) for k in (1, 3, 5)])
         self.fuse = conv(3*n_feats, n_feats, 1)
 
     def forward(self, x:Tensor)->Tensor:
-        y = self.fuse(torch.cat([F.relu(c(x)) for c in self.convs], 1))
+        t, seen = x, []
+        for c in self.convs:
+            seen.append(F.relu(c(t)))
+            if self.chained: t = seen[-1]
+        y = self.fuse(torch.cat(seen, 1))
         return x + y if self.residual else y
 
 # %% ../../nbs/models/mlrn.ipynb #37c017b1
 class RegionNonLocal(nn.Module):
     "x + conv1(attention within regions); (N, C, H, W) to the same"
     def __init__(self,
-        n_feats:int,   # channels C; embeddings have C//2
+        n_feats:int,   # channels C
         region:int=24, # side of a region in pixels
+        embed:int=2,   # embeddings have C//embed channels
     ):
         super().__init__()
         self.region = region
-        self.query, self.key, self.value = [conv(n_feats, n_feats//2, 1) for _ in range(3)]
+        self.query, self.key, self.value = [conv(n_feats, n_feats//embed, 1) for _ in range(3)]
         self.attention = PatchAttention(1, softmax_scale=1., normalize_keys=False)
-        self.out = conv(n_feats//2, n_feats, 1)
+        self.out = conv(n_feats//embed, n_feats, 1)
         nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
 
     def forward(self, x:Tensor)->Tensor:
@@ -106,18 +112,22 @@ class SecondOrderAttention(nn.Module):
 class AttentionModule(nn.Module):
     "x + conv1([non-local, second-order]); (N, C, H, W) to the same"
     def __init__(self,
-        n_feats:int,      # channels C
-        region:int=24,    # of the non-local attention
-        reduction:int=16, # of the second-order attention
-        steps:int=5,      # of the second-order attention
+        n_feats:int,       # channels C
+        region:int=24,     # of the non-local attention
+        embed:int=2,       # of the non-local attention
+        reduction:int=16,  # of the second-order attention
+        steps:int=5,       # of the second-order attention
+        serial:bool=False, # second-order after non-local attention, not beside it
     ):
         super().__init__()
-        self.nonlocal_ = RegionNonLocal(n_feats, region)
+        self.serial = serial
+        self.nonlocal_ = RegionNonLocal(n_feats, region, embed)
         self.second = SecondOrderAttention(n_feats, reduction, steps)
-        self.fuse = conv(2*n_feats, n_feats, 1)
+        self.fuse = conv(n_feats if serial else 2*n_feats, n_feats, 1)
 
     def forward(self, x:Tensor)->Tensor:
-        return x + self.fuse(torch.cat([self.nonlocal_(x), self.second(x)], 1))
+        y = self.nonlocal_(x)
+        return x + self.fuse(self.second(y) if self.serial else torch.cat([y, self.second(x)], 1))
 
 # %% ../../nbs/models/mlrn.ipynb #6ea2d5c0
 class LongSkip(nn.Module):
@@ -125,7 +135,7 @@ class LongSkip(nn.Module):
     def __init__(self,
         n_feats:int,   # channels C
         n_modules:int, # M
-        **options,     # region, reduction, steps
+        **options,     # region, embed, reduction, steps, serial
     ):
         super().__init__()
         self.parts = nn.Sequential(*[AttentionModule(n_feats, **options) for _ in range(n_modules)])
@@ -144,35 +154,40 @@ class MLRN(Network):
         n_modules:int=4,         # attention modules M
         n_shallow:int=3,         # 1x1 convolutions of the shallow block
         region:int=24,           # side of an attention region, input pixels
+        embed:int=2,             # queries, keys and values have C//embed channels
         reduction:int=16,        # of the second-order attention
         newton_steps:int=5,      # of the covariance's root
+        am_serial:bool=False,    # the two attentions of a module in a row
         msff_residual:bool=True, # skip over each fusion module
+        msff_chained:bool=False, # the kernels of a fusion module in a row
+        order:str='around',      # fusion modules 'around' the attention, or both 'before' it
+        shallow_skip:bool=True,  # add the shallow features before the upsampler
         image_skip:bool=False,   # add the bicubic enlargement to the output
         rgb_range:float=1,       # largest value of a picture inside the network
         n_colors:int=3,          # 3, or 1 for a luma network
     ):
-        super().__init__(dict(scale=scale, n_feats=n_feats, n_modules=n_modules, n_shallow=n_shallow,
-            region=region,
-            reduction=reduction, newton_steps=newton_steps, msff_residual=msff_residual,
-                image_skip=image_skip,
-            rgb_range=rgb_range, n_colors=n_colors))
+        super().__init__({k:v for k,v in locals().items() if k not in ('self', '__class__')})
         self.check(self.config)
         self.entry, self.exit = [MeanShift(sign, rgb_range, n_colors=n_colors) for sign in (-1, 1)]
         self.head, self.shallow = conv(n_colors, n_feats), ShallowBlock(n_feats, n_shallow)
-        self.extract, self.refine = MSFF(n_feats, msff_residual), MSFF(n_feats, msff_residual)
-        self.attend = LongSkip(n_feats, n_modules, region=region, reduction=reduction, steps=newton_steps)
+        self.extract, self.refine = [MSFF(n_feats, msff_residual, msff_chained) for _ in range(2)]
+        self.attend = LongSkip(n_feats, n_modules, region=region, embed=embed, reduction=reduction,
+                               steps=newton_steps, serial=am_serial)
         self.upsampler, self.tail = Upsampler(scale, n_feats), conv(n_feats, n_colors)
 
     def check(self, c:dict):
         "Refuse what the network cannot be built from"
         for k in 'n_modules', 'n_shallow', 'region', 'newton_steps': whole(k, c[k])
-        whole('n_feats', c['n_feats'], max(2, whole('reduction', c['reduction'])))
-        for k in 'msff_residual', 'image_skip': one_of(k, c[k], (True, False))
+        whole('n_feats', c['n_feats'], max(2, whole('reduction', c['reduction']), whole('embed', c['embed'])))
+        one_of('order', c['order'], ('around', 'before'))
+        for k in 'am_serial', 'msff_residual', 'msff_chained', 'shallow_skip', 'image_skip':
+            one_of(k, c[k], (True, False))
 
     def features(self, x:Tensor)->Tensor:
         f = self.shallow(self.head(self.entry(x)))                          # (N, C, H, W)
-        y = self.refine(self.attend(self.extract(f)))
-        y = self.exit(self.tail(self.upsampler(y + f)))
+        around = self.config['order'] == 'around'
+        y = self.refine(self.attend(self.extract(f))) if around else self.attend(self.refine(self.extract(f)))
+        y = self.exit(self.tail(self.upsampler(y + f if self.config['shallow_skip'] else y)))
         if not self.config['image_skip']: return y
         size = [self.scale*n for n in x.shape[2:]]
         bicubic = F.interpolate(x, size=size, mode='bicubic', align_corners=False)

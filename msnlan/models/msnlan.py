@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from ..layers import (ChannelAttention, Embedding, MeanShift, MSNLAN_MEAN, Network, PatchAttention,
-    Upsampler,
-                           conv, positive, whole)
+                           Upsampler, conv, positive, whole)
 
 # %% ../../nbs/models/msnlan.ipynb #60e9f2ce
 class RMAB(nn.Module):
@@ -102,7 +101,7 @@ class MSNLAN(Network):
     ):
         super().__init__(dict(scale=scale, n_feats=n_feats, n_resgroups=n_resgroups, n_resblocks=n_resblocks,
             rgb_range=rgb_range, res_scale=res_scale, patches=patches, softmax_scale=softmax_scale,
-                n_colors=n_colors))
+            n_colors=n_colors))
         self.check(n_feats, n_resgroups, n_resblocks, patches, softmax_scale)
         half = n_resgroups//2
         group = lambda: ResidualGroup(n_feats, n_resblocks)
