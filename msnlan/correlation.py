@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from matplotlib import rc_context
 
 from .attention import attention_map, key_norm, weigh
-from .drawing import STYLE, mark_query, new_figure, scale_bar, show_map, show_picture
+from .drawing import STYLE, mark_query, new_figure, scale_bar, show_map, show_picture, span
 from .images import imread, to_image, to_tensor, with_channels
 from .inference import TO_YCC, evaluating
 from .layers import PatchAttention
@@ -372,11 +372,12 @@ def plot_maps(
     "The picture with a query pixel and its map in each attention call"
     (H, W), n = image.shape[:2], len(maps) + 1
     fig, (axes,) = new_figure(1, n, (2.2*n + .5, 2.2*min(H/W, 2) + .4))
+    decades = span([m.on_picture()[point] for m in maps] or [np.ones(1)])
     with rc_context(STYLE):
         y, x = maps[0].points[point]
         show_picture(axes[0], image, f'query ({y:g}, {x:g})'); mark_query(axes[0], maps[0], point)
         for ax, m in zip(axes[1:], maps):
             title = f'{m.patch}x{m.patch} patches, {m.effective_keys[point]:.0f} keys'
-            show_map(ax, image, m, point, scale, boxes=3, title=title)
-        scale_bar(fig, list(axes), scale)
+            show_map(ax, image, m, point, scale, decades, boxes=3, title=title)
+        scale_bar(fig, list(axes), scale, decades)
     return fig
