@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: help setup reproduce test test-all lab bench readme notebooks lock clean
+.PHONY: help setup reproduce test test-all browser lab bench readme notebooks lock clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -26,8 +26,12 @@ reproduce: $(READY)  ## train, evaluate, draw, tabulate: PRESET=smoke (default),
 test: $(READY)  ## everything that is checked on each change
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations=12 tests
 
-test-all: $(READY)  ## the long checks too
+test-all: $(READY) browser  ## the long checks too
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --durations=25 --all tests
+
+browser:         ## Debian's Chromium for the browser tests (as root); without it they are skipped
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+	   apt-get install -y -qq --no-install-recommends chromium; } || echo "No Chromium here: the browser tests are skipped."
 
 lab: $(READY)  ## JupyterLab in the same environment
 	@$(BIN)/jupyter lab nbs

@@ -14,6 +14,7 @@ def readme()->str:
     for c in nb.cells:
         if c.cell_type == 'code': c.outputs = []
     text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = text.replace('](images/', '](nbs/images/')   # pictures lie beside the notebook
     return '<!-- Written from nbs/index.ipynb by `make readme`. -->\n\n' + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 
