@@ -76,7 +76,7 @@ class PresetSpec(BaseModel):
     title:str = ''
     about:str = ''
     threads:Optional[int] = Field(None, ge=1)       # of each job; none: all cores over the jobs at once
-    axes:dict[str, list|dict[str, dict[str, Any]]] = Field(default_factory=dict)
+    axes:dict[str, list|dict[Any, dict[str, Any]]] = Field(default_factory=dict)
     jobs:dict[str, JobSpec] = Field(min_length=1)
 
 # %% ../nbs/41b_presets.ipynb #34378ac8
@@ -198,9 +198,9 @@ def blame(
     error:Exception,
 )->tuple:          # path in the file
     "Where in a job's entry an error belongs, as far as its text tells"
-    for k in spec.parameters:
-        if re.search(rf"\b{re.escape(k)}\b", str(error).split(';')[0]): return ('jobs', name, 'parameters', k)
     text = str(error)
+    named = re.search(r"no parameter '([^']+)'", text) or re.match(r'(\w+): expected', text)
+    if named and named[1] in spec.parameters: return ('jobs', name, 'parameters', named[1])
     if 'experiment notebook' in text: return ('jobs', name, 'notebook')
     if 'no axis;' in text: return ('jobs', name, 'for' if spec.grid else 'use')
     for k, v in [*spec.parameters.items(), *(('needs', n) for n in spec.needs)]:

@@ -1,0 +1,135 @@
+"""What makes a job run again, and what does not; which GPU a job gets; what is refused."""
+import ast, json, os, shutil, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest
+from conftest import ROOT
+from msnlan.fingerprints import closure, fingerprints, imports, notebook_source
+from msnlan.images import imwrite
+from msnlan.presets import Job, PresetError, load_preset
+
+
+@pytest.fixture()
+def package(tmp_path):
+    "A copy of the package to edit"
+    shutil.copytree(ROOT/'msnlan', tmp_path/'msnlan', ignore=shutil.ignore_patterns('__pycache__', 'weights', '*.nb?'))
+    return tmp_path/'msnlan'
+
+
+def reached(notebook, package): return closure(imports(ast.parse(notebook_source(ROOT/f'nbs/experiments/{notebook}.ipynb'))), package)
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text, f'{path.name} has no {old!r}'
+    path.write_text(text.replace(old, new, 1))
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))
+
+
+def test_a_comment_or_docstring_changes_nothing(package):
+    before = reached('evaluate', package)
+    edit(package/'images.py', 'def imread(', '# read it\n\ndef imread(')
+    edit(package/'metrics.py', '"""', '"""Other words. ')
+    assert reached('evaluate', package) == before
+
+
+def test_a_module_counts_where_it_is_reached(package):
+    before = {n: reached(n, package) for n in ('train', 'evaluate', 'paper_tables', 'attention_maps')}
+    assert 'msnlan.metrics' in before['evaluate'] and 'msnlan.images' in before['train']
+    edit(package/'training.py', 'import', 'EXTRA = 1\nimport')
+    assert reached('train', package) != before['train'] and reached('evaluate', package) == before['evaluate']
+    edit(package/'maps.py' if (package/'maps.py').exists() else package/'correlation.py', 'import', 'EXTRA = 1\nimport')
+    assert reached('attention_maps', package) != before['attention_maps'] and reached('paper_tables', package) == before['paper_tables']
+    edit(package/'images.py', 'import', 'EXTRA = 1\nimport')                      # everybody reads pictures
+    assert all(reached(n, package) != before[n] for n in before)
+
+
+def test_rooms_that_no_notebook_reaches():
+    for n in ('train', 'evaluate', 'paper_tables', 'attention_maps'):
+        found = closure(imports(ast.parse(notebook_source(ROOT/f'nbs/experiments/{n}.ipynb'))))
+        assert not {'msnlan.cli', 'msnlan.report', 'msnlan.grids', 'msnlan.presets', 'msnlan.fingerprints', 'msnlan.provenance',
+                    'msnlan.trail'} & set(found), n
+
+
+@pytest.fixture()
+def project(tmp_path, monkeypatch):
+    "A project with notebooks to edit and a data set of two pictures"
+    shutil.copytree(ROOT/'nbs/experiments', tmp_path/'nbs/experiments', ignore=shutil.ignore_patterns('.snakemake', '__pycache__'))
+    shutil.copyfile(ROOT/'settings.ini', tmp_path/'settings.ini')
+    for name in 'ab': imwrite(tmp_path/f'data/Mine/HR/{name}.png', np.full((32, 32, 3), ord(name), np.uint8))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('MSNLAN_DATA', str(tmp_path/'data'))
+    return tmp_path
+
+
+def jobs(**parameters):
+    return [Job('a', 'train', dict(data=['Mine'], validation=[], steps=3) | parameters), Job('b', 'train', dict(data=['skimage-train'])),
+            Job('on-a', 'evaluate', dict(models=['../a/weights.safetensors'], datasets=['Mine']), ['a']),
+            Job('other', 'evaluate', dict(models=['bicubic', 'msnlan-tiny'], datasets=['skimage-test'])),
+            Job('tables', 'paper_tables', {}, ['on-a', 'other'])]
+
+
+def changed(before, after): return {n for n in before if before[n][0] != after[n][0]}
+
+
+def test_exactly_what_depends_runs_again(project):
+    before = fingerprints(jobs())
+    assert changed(before, fingerprints(jobs())) == set()
+    assert changed(before, fingerprints(jobs(lr=0.5))) == {'a', 'on-a', 'tables'}, 'a parameter'
+    picture = project/'data/Mine/HR/a.png'
+    os.utime(picture)
+    assert changed(before, fingerprints(jobs())) == set(), 'a touched picture'
+    imwrite(picture, np.zeros((32, 32, 3), np.uint8))
+    data = fingerprints(jobs())
+    assert changed(before, data) == {'a', 'on-a', 'tables'}, 'a picture'
+    path = project/'nbs/experiments/evaluate.ipynb'
+    nb = json.loads(path.read_text())
+    nb['cells'][0]['source'] = ['# Other words\n']
+    path.write_text(json.dumps(nb))
+    assert changed(data, fingerprints(jobs())) == set(), 'prose of a notebook'
+    next(c for c in nb['cells'] if c['cell_type'] == 'code' and 'pd.concat' in ''.join(c['source']))['source'].append('\nextra = 1')
+    path.write_text(json.dumps(nb))
+    assert changed(data, fingerprints(jobs())) == {'on-a', 'other', 'tables'}, 'a notebook'
+
+
+def test_weights_count(project):
+    start = project/'start.safetensors'
+    start.write_bytes(b'one')
+    before = fingerprints(jobs(init=str(start)))
+    start.write_bytes(b'two')
+    assert changed(before, fingerprints(jobs(init=str(start)))) == {'a', 'on-a', 'tables'}
+    assert 'msnlan-tiny-x2.safetensors' in before['other'][1]['weights'] and before['on-a'][1]['weights'] == {}
+
+
+@pytest.mark.parametrize('name', sorted(p.stem for p in (ROOT/'nbs/experiments/presets').glob('*.yaml')))
+def test_presets_are_whole(name):
+    preset = load_preset(name)
+    notebooks = [j.notebook for j in preset['jobs']]
+    assert notebooks[-1] == 'paper_tables' and preset['title'] and preset['about']
+    if name.startswith(('quick', 'paper-')):
+        assert {'evaluate', 'attention_maps', 'paper_tables'} < set(notebooks) and any(n.startswith('train') for n in notebooks)
+    if name == 'quick': assert {j.parameters['model'] for j in preset['jobs'] if j.notebook == 'train'} == {'msnlan', 'csnln', 'panet', 'hspan', 'mlrn'}
+
+
+def test_panet_has_its_four_tasks():
+    seen = [j.parameters for j in load_preset('paper-panet')['jobs'] if j.notebook.startswith('train')]
+    assert {p.get('task', 'sr') for p in seen} == {'sr', 'denoise', 'demosaic', 'dejpeg'} and len(seen) == 12
+
+
+def test_one_gpu_a_job(tmp_path):
+    "Three processes, two GPUs: two run at once on different ones, the third waits"
+    code = ('import sys, os, time\nfrom pathlib import Path\nfrom msnlan.grids import claim_gpu\nstart = time.time()\n'
+            'with claim_gpu(Path(sys.argv[1]), True) as g:\n    print(g, os.environ["CUDA_VISIBLE_DEVICES"], time.time(), flush=True)\n'
+            '    time.sleep(2)\n    print(time.time())')
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES='3,5')
+    running = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [p.communicate(timeout=60)[0].split() for p in running]
+    assert all(s[0] == s[1] for s in said) and {s[0] for s in said} == {'3', '5'}
+    for a in said:
+        for b in said:
+            if a is not b and a[0] == b[0]: assert float(a[3]) <= float(b[2]) or float(b[3]) <= float(a[2]), 'never two on one GPU'
+
+
+def test_a_mistake_in_a_preset_is_one_line(tmp_path):
+    path = tmp_path/'mine.yaml'
+    path.write_text('jobs:\n  train:\n    notebook: train\n    parameters:\n      steps: 10\n      learning_rate: 1e-3\n')
+    run = subprocess.run([sys.executable, '-m', 'msnlan.cli', 'reproduce', str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.strip().startswith('msnlan: ') and 'line 6: ' in run.stderr and len(run.stderr.strip().splitlines()) == 1
+    with pytest.raises(PresetError, match='line 6'): load_preset(str(path))
