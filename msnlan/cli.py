@@ -85,10 +85,12 @@ def train(parameter:Parameters=None, data_root:DataRoot=None, out:Out=None,
 def evaluate(parameter:Parameters=None, data_root:DataRoot=None, out:Out=None):
     """Score networks on test sets: nbs/experiments/evaluate.ipynb.
 
+    Other tasks: -p task=denoise -p 'settings=[30]'. An interrupted run goes on with the same command.
+
     Example: msnlan evaluate -p 'models=["bicubic", "msnlan-tiny"]' -p 'datasets=["Set5"]' --data-root DATA
     """
     for m in run_command('evaluate', parameter, data_root, out)['means']:
-        typer.echo(f"{m['model']:24} {m['dataset']:14} x{m['scale']}  {m['protocol']:8} {m['psnr']:.3f} dB  "
+        typer.echo(f"{m['model']:24} {m['dataset']:14} {m['setting']:8} {m['protocol']:8} {m['psnr']:.3f} dB  "
                    f"{m['ssim']:.4f}  ({m['pictures']} pictures)")
 
 # %% ../nbs/50_cli.ipynb #1d8e3cf1

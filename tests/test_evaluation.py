@@ -2,10 +2,11 @@
 import warnings
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
-from msnlan.datasets import Picture
+from msnlan.datasets import Picture, load_dataset
 from msnlan.degradations import cached_bicubic, noise, seed_of
-from msnlan.evaluation import as_model, bootstrap, compare, evaluate, perceptual, score_folder, summarise
+from msnlan.evaluation import as_model, bootstrap, compare, evaluate, perceptual_distance, score_folder, summarise
 from msnlan.images import imwrite
+from msnlan.models.zoo import create_model
 
 FAST = [(n, s) for n in ('Set5', 'Set14') for s in (2, 3, 4)]
 SLOW = [pytest.param(n, s, marks=pytest.mark.slow) for n in ('B100', 'Urban100') for s in (2, 3, 4)]
@@ -80,10 +81,25 @@ def test_jpeg_inputs_score_as_published(shared, data_root, quality):
     assert round(t.psnr.mean(), 2) == pub.psnr_db and round(t.ssim.mean(), 4) == pub.ssim
 
 
-def test_mosaicked_inputs_score_as_published(shared, data_root):
+@pytest.mark.parametrize('name', ['McMaster18', pytest.param('CBSD68', marks=pytest.mark.slow)])
+def test_mosaicked_inputs_score_as_published(shared, data_root, name):
     pub = pd.read_csv(shared/'published'/'panet_demosaic.csv').query('method == "Mosaiced"').set_index('dataset')
-    t = evaluate('input', 'McMaster18', data_root=data_root, task='demosaic', progress=False)
-    assert round(t.psnr.mean(), 2) == pub.psnr_db['McMaster18'] and round(t.ssim.mean(), 4) == pub.ssim['McMaster18']
+    t = evaluate('input', name, data_root=data_root, task='demosaic', progress=False)
+    assert round(t.psnr.mean(), 2) == pub.psnr_db[name]
+    assert abs(t.ssim.mean() - pub.ssim[name]) < (0.00005 if name == 'McMaster18' else 0.0002)   # CBSD68: 0.0849, printed 0.0850
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task,name,setting', [
+    ('sr', 'Set5', 4), ('denoise', 'CBSD68:3', 30), ('demosaic', 'McMaster18:3', None), ('dejpeg', 'Classic5', 10)])
+def test_every_task_of_panet_on_real_sets(data_root, task, name, setting):
+    torch.manual_seed(0)
+    net = create_model('panet', task=task, n_feats=4, n_resblocks=2, pa_reduction=2, scale=setting if task == 'sr' else 1)
+    kw = dict(scale=net.scale, data_root=data_root, task=task, setting=None if task == 'sr' else setting, progress=False)
+    t = evaluate(net, name, **kw, tile='chop')
+    assert len(t) == len(load_dataset(name, data_root)) and np.isfinite(t[['psnr', 'ssim']]).all().all()
+    given = evaluate('bicubic' if task == 'sr' else 'input', name, **kw)
+    assert compare(t, given).psnr[0] < 0                                # untrained: worse than what it was given
 
 
 def test_noise_is_fixed_and_of_its_level(data_root):
@@ -125,9 +141,43 @@ def test_a_network_runs_every_task(task, setting, colors, tmp_path):
 
 def test_set14_spends_its_time_in_the_network(data_root):
     import time
-    net, start = Net(4).eval(), time.perf_counter()
+    net = create_model('msnlan-tiny', scale=4, patches=()).eval()                # 0.2 M parameters, the attention left out
+    start = time.perf_counter()
     t = evaluate(net, 'Set14', scale=4, data_root=data_root, progress=False)
-    assert t.seconds.sum() > 0.2*(time.perf_counter() - start)             # 0.1 M parameters: the hardest case
+    share = t.seconds.sum()/(time.perf_counter() - start)
+    assert share > 0.6, share                                                # the notebook shows what an idle machine gives
+
+
+def test_low_resolution_from_the_cache(tmp_path, data_root):
+    kw = dict(scale=3, data_root=data_root, progress=False)
+    want = evaluate(Net(3).eval(), 'Set5:2', **kw)
+    for _ in range(2):
+        got = evaluate(Net(3).eval(), 'Set5:2', **kw, cache=tmp_path)
+        assert got.psnr.tolist() == want.psnr.tolist() and len(list(tmp_path.glob('*.png'))) == 2
+    for f in tmp_path.iterdir(): imwrite(f, np.zeros((9, 9, 3), np.uint8))
+    assert evaluate(Net(3).eval(), 'Set5:2', **kw, cache=tmp_path).psnr.tolist() == want.psnr.tolist()
+
+
+def test_more_columns(monkeypatch):
+    "Distances beside the scores, here a stand-in that needs no features"
+    monkeypatch.setattr('msnlan.evaluation.perceptual_distance', lambda sr, hr, metric: float(np.abs(sr*1. - hr).mean()))
+    t = evaluate('bicubic', PICS, scale=2, perceptual=['lpips'], progress=False)
+    s = summarise(t).iloc[0]
+    assert (t.lpips > 0).all() and s.lpips == pytest.approx(t.lpips.mean()) and s.lpips_low <= s.lpips <= s.lpips_high
+    assert compare(t, t).lpips[0] == 0 and 'dists' not in t
+
+
+def test_what_is_no_picture_names_the_picture():
+    class Nan(Net):
+        def forward(self, x): return super().forward(x)*float('nan')
+    odd = [(Nan(2), 'p0 of pictures: expected numbers, found .* nan'), (lambda lr: lr/255., 'p0 .* uint8 picture .* found float64'),
+           (lambda lr: None, 'found NoneType'), (lambda lr: lr, r'p0 .* expected a result of shape'),
+           (lambda lr: np.zeros((40, 36), np.uint8), r'p0 .* expected a result of shape')]
+    for model, said in odd:
+        with pytest.raises(ValueError, match=said): evaluate(model, PICS, scale=2, progress=False)
+    perfect = evaluate('input', PICS, task='denoise', setting=0, progress=False)
+    assert np.isinf(perfect.psnr).all() and (perfect.ssim == 1).all()      # infinite, and said so where a mean is asked for
+    with pytest.raises(ValueError, match='infinite PSNR'): summarise(perfect)
 
 
 def test_log_is_resumed_and_guarded(tmp_path):
@@ -148,8 +198,8 @@ def test_log_is_resumed_and_guarded(tmp_path):
 
 @pytest.mark.parametrize('kw,said', [
     (dict(task='paint'), 'expected a task'), (dict(protocol='matlab'), 'expected a protocol'),
-    (dict(scale=1), 'at least 2'), (dict(task='denoise', setting=10), 'scale 1'),
-    (dict(task='denoise', scale=1), "'input'"), (dict(model='input'), "'bicubic'"),
+    (dict(scale=1), 'at least 2'), (dict(scale=2.5), 'whole scale'), (dict(task='denoise', setting=10), 'scale 1'),
+    (dict(task='denoise', scale=1), "'input'"), (dict(task='demosaic', model='input', scale=1, protocol='jpeg'), "'rgb'"), (dict(model='input'), "'bicubic'"),
     (dict(model='no-such-model'), 'no-such-model'), (dict(model=Net(3)), 'scale'),
     (dict(model=Net(2), protocol='bicubic'), "use 'cnn'"), (dict(dataset=[]), 'empty list')])
 def test_errors(kw, said):
@@ -174,17 +224,19 @@ def test_intervals_and_paired_differences():
 
 def test_optional_packages_say_what_to_install(tmp_path):
     import importlib.util
+    with pytest.raises(FileNotFoundError, match='spandrel:FILE'): as_model(f'spandrel:{tmp_path}/x.pth', 4)
+    (tmp_path/'x.pth').touch()
     if not importlib.util.find_spec('spandrel'):
-        with pytest.raises(ImportError, match='pip install spandrel'): as_model('spandrel:x.pth', 4)
+        with pytest.raises(ImportError, match='pip install spandrel'): as_model(f'spandrel:{tmp_path}/x.pth', 4)
     if not importlib.util.find_spec('torchvision'):
-        with pytest.raises(ImportError, match='pip install torchvision'): perceptual(PICS[0].array, PICS[0].array)
+        with pytest.raises(ImportError, match='pip install torchvision'): perceptual_distance(PICS[0].array, PICS[0].array)
 
 
-def test_spandrel_through_its_interface(monkeypatch):
+def test_spandrel_through_its_interface(monkeypatch, tmp_path):
     "With a stand-in for the package, as its documentation describes it"
     import sys, types
     class Described:
-        scale, input_channels = 2, 3
+        scale, input_channels, output_channels = 2, 3, 3
         def __init__(self): self.model = Net(2)
         def __call__(self, x): return self.model(x)
         def to(self, *a, **k): self.model.to(*a, **k)
@@ -192,9 +244,12 @@ def test_spandrel_through_its_interface(monkeypatch):
         def __init__(self, device=None): pass
         def load_from_file(self, path): return Described()
     monkeypatch.setitem(sys.modules, 'spandrel', types.SimpleNamespace(ModelLoader=Loader))
-    got = evaluate('spandrel:some.pth', PICS, scale=2, progress=False)
-    assert got.psnr.tolist() == evaluate(Net(2).eval(), PICS, scale=2, progress=False).psnr.tolist()
-    with pytest.raises(ValueError, match='for x4'): evaluate('spandrel:some.pth', PICS, scale=4, progress=False)
+    (tmp_path/'some.pth').touch(); name = f'spandrel:{tmp_path}/some.pth'
+    got = evaluate(name, PICS, scale=2, progress=False)
+    assert set(got.model) == {'some'} and got.psnr.tolist() == evaluate(Net(2).eval(), PICS, scale=2, progress=False).psnr.tolist()
+    with pytest.raises(ValueError, match='for x4'): evaluate(name, PICS, scale=4, progress=False)
+    Described.output_channels = 4
+    with pytest.raises(ValueError, match='found 3 to 4'): evaluate(name, PICS, scale=2, progress=False)
 
 
 def test_cache_is_verified_and_safe_for_several_processes(tmp_path):
