@@ -24,6 +24,7 @@ from pathlib import Path
 import anywidget
 import numpy as np
 import torch
+from PIL import Image
 from traitlets import Dict, Enum, Float, Int, List, Unicode, observe
 
 from .correlation import Features, as_picture, hooked, record
@@ -57,7 +58,9 @@ def reduced(
     "A picture no longer than `side`"
     h, w = image.shape[:2]
     if max(h, w) <= side: return image, ''
-    small = imresize(image, side/max(h, w))
+    near = max(h, w)//(4*side)                         # far larger ones first by a mean of whole blocks
+    small = np.asarray(Image.fromarray(image).reduce(near)) if near > 1 else image
+    small = imresize(small, side/max(small.shape[:2]))
     return small, f'Reduced from {w} x {h} to {small.shape[1]} x {small.shape[0]} pixels.'
 
 # %% ../nbs/31_explorer.ipynb #830fa401

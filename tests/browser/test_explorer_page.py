@@ -1,0 +1,206 @@
+"""The explorer in headless Chromium: as voila's page and in JupyterLab. Requests to other machines are blocked and counted."""
+import hashlib, os, re, shutil, signal, socket, subprocess, sys, time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+import numpy as np, pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
+FLAGS = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+         '--disable-component-update --disable-sync').split()
+PATIENCE = 150_000   # ms, for a machine that is busy
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium: make browser')
+
+
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+
+@contextmanager
+def serving(command, port, folder):
+    "A server of its own process group, with settings and caches in `folder`"
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('JUPYTER', 'COVERAGE'))}
+    env |= {n: str(folder/n.lower()) for n in ('JUPYTER_CONFIG_DIR', 'JUPYTER_RUNTIME_DIR', 'JUPYTER_DATA_DIR', 'IPYTHONDIR')}
+    log = folder/'log'
+    with open(log, 'wb') as out:
+        server = subprocess.Popen([sys.executable, '-m', *command], cwd=folder, env=env, stdout=out, stderr=out,
+                                  start_new_session=True)
+    try:
+        end = time.monotonic() + 120
+        while socket.socket().connect_ex(('127.0.0.1', port)):
+            if server.poll() is not None or time.monotonic() > end: pytest.fail('no server: ' + log.read_text()[-2000:])
+            time.sleep(.2)
+        yield f'http://127.0.0.1:{port}'
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try: server.wait(20)
+        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL); server.wait()
+
+
+@pytest.fixture(scope='module')
+def voila(tmp_path_factory):
+    folder, port = tmp_path_factory.mktemp('voila'), free_port()
+    command = ['msnlan.cli', 'explore', 'coffee', '--port', str(port), '--no-browser', '--side', '64']
+    with serving(command, port, folder) as url: yield url
+
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    folder, port = tmp_path_factory.mktemp('lab'), free_port()
+    shutil.copy(ROOT/'nbs/explore.ipynb', folder)
+    command = ['jupyterlab', '--no-browser', f'--port={port}', '--ServerApp.ip=127.0.0.1', '--allow-root',
+               f'--ServerApp.root_dir={folder}', '--IdentityProvider.token=', '--LabApp.news_url=None',
+               '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--LabApp.extension_manager=readonly']
+    with serving(command, port, folder) as url: yield f'{url}/lab/tree/explore.ipynb'
+
+
+@pytest.fixture(scope='module')
+def chromium():
+    playwright = pytest.importorskip('playwright.sync_api', reason='needs playwright')
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture()
+def page(chromium):
+    "A page whose test fails if anything outside was asked for, or anything went wrong in the browser"
+    context = chromium.new_context(viewport=dict(width=1280, height=1000), accept_downloads=True)
+    outside, errors = [], []
+    def guard(route):
+        url = urlsplit(route.request.url)
+        if url.scheme in ('data', 'blob') or url.hostname in ('127.0.0.1', 'localhost'): return route.continue_()
+        outside.append(route.request.url); route.abort()
+    context.route('**/*', guard)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.on('console', lambda m: m.type == 'error' and errors.append(m.text))
+    page.on('pageerror', lambda e: errors.append(str(e)))
+    page.on('websocket', lambda w: urlsplit(w.url).hostname in ('127.0.0.1', 'localhost') or outside.append(w.url))
+    yield page
+    context.close()
+    assert outside == [] and errors == []
+
+
+class Driver:
+    "What a reader does, in a page that shows the explorer"
+    def __init__(self, page):
+        self.page, self.root = page, page.locator('.msnlan-explorer')
+        page.wait_for_selector('.msnlan-explorer[data-count]')
+
+    def count(self): return int(self.root.get_attribute('data-count'))
+
+    def answered(self, act):
+        "Do something and wait until its answer is drawn"
+        before = self.count()
+        act()
+        self.page.wait_for_function('n => Number(document.querySelector(".msnlan-explorer").dataset.count) > n', arg=before)
+
+    def drawn(self, panel=0):
+        "A fingerprint of what a panel shows"
+        return hashlib.sha1(self.page.evaluate("i => document.querySelectorAll('.mx-picture')[i].toDataURL()", panel).encode()).hexdigest()
+
+    def label(self, text): return self.root.get_by_label(text, exact=True)
+
+    def point(self): return [int(self.label(n).input_value()) for n in ('Row', 'Column')]
+
+    def click(self, row, column, panel=0):
+        canvas = self.root.locator('.mx-picture').nth(panel)
+        height, width = int(self.label('Row').get_attribute('max')) + 1, int(self.label('Column').get_attribute('max')) + 1
+        box = canvas.bounding_box()
+        at = dict(x=(column + .5)*box['width']/width, y=(row + .5)*box['height']/height)
+        self.answered(lambda: canvas.click(position=at))
+        assert self.point() == [row, column]
+
+
+def three_clicks(driver):
+    seen = {driver.drawn()}
+    for row, column in (5, 7), (20, 41), (33, 12):
+        driver.click(row, column); seen.add(driver.drawn())
+    assert len(seen) == 4, 'each click changes the picture'
+
+
+def full_tour(page, tmp_path):
+    "Open, click, change branch, compare, keyboard, look, upload, export"
+    driver = Driver(page)
+    three_clicks(driver)
+    seen = driver.drawn()
+    driver.answered(lambda: driver.label('Branch').first.select_option('7x7 in-scale'))
+    assert driver.drawn() != seen, 'another branch, another map'
+
+    driver.answered(lambda: driver.label('Compare two maps').check())
+    first, second = driver.drawn(0), driver.drawn(1)
+    assert first != second
+    driver.click(14, 40, panel=1)
+    assert driver.drawn(0) != first and driver.drawn(1) != second, 'the pixel is linked'
+    driver.answered(lambda: driver.label('Model').nth(1).select_option('mlrn (untrained)'))
+    assert 'mlrn' in driver.root.locator('.mx-picture').nth(1).get_attribute('aria-label')
+
+    canvas = driver.root.locator('.mx-picture').first
+    canvas.focus()
+    driver.answered(lambda: page.keyboard.press('ArrowRight'))
+    driver.answered(lambda: page.keyboard.press('Shift+ArrowDown'))
+    assert driver.point() == [24, 41]
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == 'solid', 'the focus can be seen'
+
+    for act in (lambda: driver.label('Colours').select_option('viridis'),
+                lambda: driver.label('Scale').select_option(label='linear'), lambda: driver.label('Opacity of the map').fill('0.3'),
+                lambda: driver.label('Zoom in').click()):
+        before = page.evaluate('document.querySelector(".mx-picture").toDataURL()')
+        act()
+        page.wait_for_function('was => document.querySelector(".mx-picture").toDataURL() != was', arg=before)
+
+    bad = tmp_path/'notes.png'; bad.write_text('no picture')
+    driver.answered(lambda: driver.root.locator('input[type=file]').set_input_files(bad))
+    assert 'notes.png is not a picture' in driver.root.get_by_role('alert').inner_text()
+    rng, large = np.random.default_rng(0), tmp_path/'large.png'
+    pixels = np.kron(rng.integers(0, 256, (30, 40), dtype=np.uint8), np.ones((100, 100), np.uint8))
+    pixels[:1500, :1500] = rng.integers(0, 256, (1500, 1500))                 # more than one message's bytes
+    Image.fromarray(pixels).save(large)
+    driver.answered(lambda: driver.root.locator('input[type=file]').set_input_files(large))
+    assert re.search('Reduced from 4000 x 3000 to .* pixels', driver.root.inner_text())
+    assert driver.root.get_by_role('alert').count() == 0, 'the message is gone'
+    driver.answered(lambda: driver.label('Picture').select_option('coffee'))
+
+    with page.expect_download() as download: driver.label('Save this view as PNG').click()
+    row, column = driver.point()
+    assert download.value.suggested_filename == f'coffee-{row}-{column}.png'
+    download.value.save_as(tmp_path/'view.png')
+    view = np.asarray(Image.open(tmp_path/'view.png').convert('RGB'))
+    assert view.shape[1] == 2*(512 + 16) + 16 and len(np.unique(view.reshape(-1, 3), axis=0)) > 200
+
+    driver.root.locator('summary').click()
+    code = driver.root.locator('.mx-code').inner_text()
+    scope = {}
+    exec(code.replace('Explorer(', 'again = Explorer(', 1), scope)
+    again = scope['again']
+    assert again.point == [row, column] and again.panels[1]['model'] == 'mlrn (untrained)' and again.code == code
+    labels = page.evaluate("""[...document.querySelectorAll('.msnlan-explorer :is(select, input:not([hidden]), button, canvas.mx-picture)')]
+        .filter(n => !(n.labels && n.labels.length) && !n.getAttribute('aria-label') && !n.textContent.trim())
+        .map(n => n.outerHTML)""")
+    assert labels == [], 'every control has a name'
+
+
+def test_voila_page_answers_clicks(voila, page):
+    page.goto(voila, wait_until='commit')
+    three_clicks(Driver(page))
+
+
+@pytest.mark.slow
+def test_voila_page(voila, page, tmp_path):
+    page.goto(voila, wait_until='commit')
+    full_tour(page, tmp_path)
+
+
+@pytest.mark.slow
+def test_jupyterlab(lab, page, tmp_path):
+    page.goto(lab, wait_until='commit')
+    page.wait_for_selector('.jp-Notebook .jp-Cell')
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state='attached')   # the kernel is there
+    page.get_by_role('menuitem', name='Run', exact=True).click()
+    page.get_by_text('Run All Cells', exact=True).click()
+    full_tour(page, tmp_path)
