@@ -33,8 +33,8 @@ def span(
     most:float=4.,     # largest answer
 )->float:              # at least 0.3
     "Powers of ten between the largest weight of a map and what 95 % of its keys reach, the most of all maps"
-    low = lambda w: max(np.quantile(w, .05), 10**-most*w.max(), 1e-300)
-    return float(np.clip(max(np.log10(w.max()/low(w)) for w in map(np.asarray, maps)), .3, most))
+    part = [np.quantile(w, .05)/max(np.max(w), 1e-300) for w in maps]
+    return float(np.clip(-np.log10(max(min(part), 10**-most)), .3, most))
 
 # %% ../nbs/29a_drawing.ipynb #5fbd9932
 SCALES = 'log', 'root', 'linear'

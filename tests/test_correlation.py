@@ -306,7 +306,7 @@ def test_no_attention_no_maps():
 
 
 @pytest.mark.parametrize('name', SMALL)
-@pytest.mark.parametrize('scale', [2, 3, 4])
+@pytest.mark.parametrize('scale', [2, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_recording_changes_nothing(name, scale):
     "Same bits before and after, no hook left, the same queries and keys as in a whole forward pass"
     net, image = small(name, scale), noise(13, 10, 3)
