@@ -370,13 +370,18 @@ def data_verify(name:SetName, data_root:DataRoot=None):
 
 # %% ../nbs/50_cli.ipynb #0a5297e9
 @app.command()
-def bench(out:Annotated[Path, typer.Option('-o', '--out', help='Folder for JSON and plot')]=Path('reports/benchmarks')):
-    """Time and memory of the attention operator against its definition and the bare minimum.
+def bench(
+    what:Annotated[str, typer.Argument(help='attention (the operator) or training (steps of a paper\'s network)')]='attention',
+    out:Annotated[Path, typer.Option('-o', '--out', help='Folder for the JSON')]=Path('reports/benchmarks'),
+):
+    """Time and memory of the attention operator, or of training steps, against the definition.
 
-    Example: msnlan bench -o reports/benchmarks
+    Example: msnlan bench training -o reports/benchmarks
     """
-    from msnlan.attention_benchmark import benchmark
-    benchmark(out)
+    from msnlan import attention_benchmark, training_benchmark
+    rooms = dict(attention=attention_benchmark, training=training_benchmark)
+    if what not in rooms: raise ValueError(f'expected attention or training, found {what!r}')
+    rooms[what].benchmark(out)
 
 # %% ../nbs/50_cli.ipynb #117d8c0b
 def main():
