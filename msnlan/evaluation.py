@@ -382,7 +382,7 @@ def score_folder(
 # %% ../nbs/22_evaluation.ipynb #1f99cfc0
 @lru_cache(2)
 def _distance(metric:str)->nn.Module:  # (N, 3, H, W) twice, in [0, 1] -> a number
-    "The metric with its features, fetched at the first use"
+    "The metric with its features"
     try:
         import torchvision  # torchmetrics hides its metrics where it is absent
         from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
@@ -390,11 +390,8 @@ def _distance(metric:str)->nn.Module:  # (N, 3, H, W) twice, in [0, 1] -> a numb
     except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision built for another torch
         raise ImportError(f'expected torchvision for {metric}, found none that loads ({e}); '
                           'pip install torchvision') from e
-    try:
-        if metric == 'lpips': return LearnedPerceptualImagePatchSimilarity('alex', normalize=True)
-        return DeepImageStructureAndTextureSimilarity()
-    except OSError as e:
-        raise OSError(f'{metric} needs pretrained features from the network, once: {e}') from e
+    if metric == 'lpips': return LearnedPerceptualImagePatchSimilarity('alex', normalize=True)
+    return DeepImageStructureAndTextureSimilarity()
 
 # %% ../nbs/22_evaluation.ipynb #38f93d45
 def perceptual_distance(
@@ -406,5 +403,8 @@ def perceptual_distance(
     if metric not in ('lpips', 'dists'): raise ValueError(f"expected 'lpips' or 'dists', found {metric!r}")
     if sr.shape != hr.shape:
         raise ValueError(f'expected two pictures of one size, found {sr.shape} and {hr.shape}')
-    measure = _distance(metric)
-    with torch.no_grad(): return float(measure(*(to_tensor(with_channels(x, grey=False)) for x in (sr, hr))))
+    pair = [to_tensor(with_channels(x, grey=False)) for x in (sr, hr)]
+    try:
+        with torch.no_grad(): return float(_distance(metric)(*pair))
+    except OSError as e:  # the features are fetched at the first use
+        raise OSError(f'{metric} needs pretrained features from the network, once: {e}') from e

@@ -80,8 +80,8 @@ def chop_tiles(
         done = tall*wide < limit or (tall, wide) == (h, w)
         for r0, r1, oy0, oy1 in cut(h, tall):
             for c0, c1, ox0, ox1 in cut(w, wide):
-                part = (max(own[0], y + oy0), min(own[1], y + oy1), max(own[2], x + ox0),
-                    min(own[3], x + ox1))
+                part = (max(own[0], y + oy0), min(own[1], y + oy1),
+                        max(own[2], x + ox0), min(own[3], x + ox1))
                 if done: yield Tile(y + r0, y + r1, x + c0, x + c1, *[scale*p for p in part])
                 else: yield from split(y + r0, x + c0, r1 - r0, c1 - c0, part)
     return list(split(0, 0, height, width, (0, height, 0, width)))
@@ -235,8 +235,8 @@ def export_model(
     path = Path(path)
     if path.suffix not in ('.onnx', '.pt2'): raise ValueError(f'{path} should end with .onnx or .pt2')
     x = torch.rand(1, model.n_colors, *(size or (16, 24)), device=next(model.parameters()).device)
-    free = None if size else ({i: torch.export.Dim(n, min=8, max=4096)
-        for i, n in ((2, 'height'), (3, 'width'))},)
+    axes = {2: 'height', 3: 'width'}
+    free = None if size else ({i: torch.export.Dim(n, min=8, max=4096) for i, n in axes.items()},)
     was = model.training
     try:
         with traceable(model.eval()), torch.no_grad():

@@ -173,7 +173,7 @@ class PatchAttention(nn.Module):
     )->Tensor:        # (N, c, s*H, s*W)
         return patch_attention(query, keys, values, patch=self.patch, softmax_scale=self.softmax_scale,
             divisor=self.divisor, normalize_keys=self.normalize_keys, weighting=self.weighting,
-                backend=self.backend)
+            backend=self.backend)
 
     def extra_repr(self)->str:
         return (f'patch={self.patch}, softmax_scale={self.softmax_scale}, divisor={self.divisor}, '

@@ -95,6 +95,14 @@ def test_items_are_pure_and_aligned(scale):
     assert any(not torch.equal(data[i][0], other[i][0]) for i in range(4))
 
 
+def test_inputs_from_the_cache_are_the_same(tmp_path):
+    plain = PatchDataset(PICS, scale=2, patch=12, length=8)
+    for _ in range(2):
+        kept = PatchDataset(PICS, scale=2, patch=12, length=8, cache=tmp_path)
+        assert len(list(tmp_path.glob('*.png'))) == len(PICS)
+        assert all(torch.equal(a, b) for i in range(8) for a, b in zip(plain[i], kept[i]))
+
+
 def test_draws_cover_pictures_places_and_symmetries():
     data = PatchDataset(PICS, scale=2, patch=24, length=4000)
     draws = [data.draw(i)[:4] for i in range(4000)]

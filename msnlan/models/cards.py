@@ -17,7 +17,7 @@ from .zoo import load_model, weights_folder
 def scores_of_run(
     weights,      # path of the weight file
     run,          # folder of a finished `msnlan evaluate`, or its result.json
-)->list:          # dicts: dataset, setting, protocol, pictures, psnr, ssim, and bicubic's psnr and ssim or None
+)->list:          # dicts: dataset, setting, protocol, pictures, psnr, ssim, bicubic_psnr, bicubic_ssim
     "The means of an evaluation run that belong to a weight file, with bicubic's beside them"
     run = Path(run)/'result.json' if Path(run).is_dir() else Path(run)
     if not run.is_file():
@@ -33,7 +33,7 @@ def scores_of_run(
             row |= {f'{prefix}{s}': round(scores[s], 4) if scores else None for s in ('psnr', 'ssim')}
         rows.append(row)
     if not rows:
-        raise ValueError(f'{run} has no scores of {weights}: expected a run that evaluated this file as it is')
+        raise ValueError(f'{run} has no scores of {weights}; expected a run that evaluated this very file')
     return rows
 
 # %% ../../nbs/models/cards.ipynb #187429d7
@@ -119,13 +119,14 @@ def model_card(
     model, about = load_model(weights), read_state(weights)[1]
     name, head = Path(weights).stem, ['set', 'setting', 'protocol', 'pictures', 'PSNR (dB) / SSIM', 'bicubic']
     training = {k:v for k,v in about.items() if k not in ('system', 'config')}
-    table = lambda given: markdown_table(['setting', 'value'], setting_rows(given)) if given else 'Not recorded.'
+    table = lambda d: markdown_table(['setting', 'value'], setting_rows(d)) if d else 'Not recorded.'
     shipped = Path(weights).absolute().parent == weights_folder()
     call = (f"create_model('{name.rsplit('-x', 1)[0]}', scale={model.scale}, pretrained=True)" if shipped
             else f"load_model('{Path(weights).name}')")
     return CARD.format(name=name, call=call, scale=model.scale, task=model.task,
         what=f"{type(model).__name__}: {type(model).__doc__.split(';')[0]}",
-        count=sum(p.numel() for p in model.parameters()), config=table(model.config), training=table(training),
+        count=sum(p.numel() for p in model.parameters()), config=table(model.config),
+        training=table(training),
         scores=markdown_table(head, score_rows(scores)) if scores else 'Not measured yet.')
 
 # %% ../../nbs/models/cards.ipynb #7334ab4f

@@ -32,8 +32,7 @@ def read_pickle(
     except pickle.UnpicklingError as e:
         raise ValueError(f'{path} refused: it is no plain state dict, or loading it would run code '
                          f'(expected torch.save(model.state_dict())): {first_line(e)}') from None
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, AttributeError,
-        TypeError) as e:
+    except (RuntimeError, EOFError, ValueError, OSError, LookupError, AttributeError, TypeError) as e:
         raise ValueError(f'{path} cannot be read as a torch file; it is damaged or cut short '
                          f'(fetch it again): {first_line(e)}') from None
 
@@ -52,7 +51,7 @@ def from_text(text):
 def unpack_metadata(
     texts:dict[str, str],  # as safetensors gives them
     path='the weights',    # where from, for messages
-)->dict:                   # `system`, `config` and what else was saved with the weights; empty for other files
+)->dict:                   # `system`, `config` and what was saved with them; empty for other files
     "What a weight file says about itself"
     found = from_text(texts['msnlan']) if 'msnlan' in texts else {
         k:from_text(v) for k,v in texts.items() if k != 'format'}
@@ -137,8 +136,7 @@ MSNLAN_NAMES = {
 # %% ../../nbs/models/checkpoints.ipynb #bf8d60ed
 CSNLN_NAMES = {
     CSNLN: lambda m: {'entry': 'sub_mean', 'exit': 'add_mean', 'head.0': 'head.0', 'head.1': 'head.1',
-        'cell': 'SEM',
-        'tail': 'tail.0'},
+        'cell': 'SEM', 'tail': 'tail.0'},
     Cell: lambda m: {'stages.0.project': 'multi_source_projection', 'stages.0.down': 'down_sample_1',
         'stages.0.up': 'error_encode', 'down': f'down_sample_{2*len(m.stages)}', 'post': 'post_conv',
         **({'stages.1.project': 'multi_source_projection_2', 'stages.1.down': 'down_sample_3',
@@ -158,7 +156,7 @@ def panet_names(m)->dict:
     at = [*range(half), *range(half+1, 2*half+1)]
     return {'entry': 'sub_mean', 'exit': 'add_mean', 'head': 'head.0',
         **numbered('before', lambda i: f'body.{i}', m.before),
-            **numbered('after', lambda i: f'body.{half+1+i}', m.after),
+        **numbered('after', lambda i: f'body.{half+1+i}', m.after),
         'pyramid': ['msa', f'body.{half}'] if sr else f'body.{half}', 'last': f'body.{2*half+1}',
         'upsampler': 'tail.0', 'tail': 'tail.1' if sr else 'tail.0',
         **({} if sr else {'act': [f'body.{i}.body.1' for i in at]})}
@@ -176,8 +174,7 @@ HSPAN_NAMES = {
         **numbered('groups', lambda i: f'body.{i}', m.groups), 'last': f'body.{len(m.groups)}',
         'upsampler': 'tail.0', 'tail': 'tail.1'},
     HSPAModule: lambda m: {**numbered('blocks', lambda i: f'body.{i}', m.blocks),
-        'attend': f'body.{len(m.blocks)}',
-        'conv': f'body.{len(m.blocks)+1}'},
+        'attend': f'body.{len(m.blocks)}', 'conv': f'body.{len(m.blocks)+1}'},
     HSPA: lambda m: {'query': 'conv_match1', 'key': 'conv_match2', 'value': 'conv_assembly'},
 }
 
@@ -315,9 +312,8 @@ def infer_csnln(state:dict)->dict:
     n_feats, n_colors = state['head.0.0.weight'].shape[:2]
     three = state['SEM.multi_source_projection.upsample.0.weight'].shape[-1] == 9
     return dict(scale=4 if count(state, r'SEM\.(multi_source_projection_2)') else 3 if three else 2,
-        n_feats=n_feats,
-        depth=state['tail.0.weight'].shape[1]//n_feats, rgb_range=shift_range(state, DIV2K_MEAN),
-            n_colors=n_colors)
+        n_feats=n_feats, depth=state['tail.0.weight'].shape[1]//n_feats,
+        rgb_range=shift_range(state, DIV2K_MEAN), n_colors=n_colors)
 
 # %% ../../nbs/models/checkpoints.ipynb #60254e45
 def infer_panet(state:dict)->dict:
