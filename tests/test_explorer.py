@@ -211,3 +211,11 @@ def test_a_click_answers_within_a_third_of_a_second(name):
     medians = {b: statistics.median(t) for b, t in times.items()}
     print(name, {b: f'{1000*t:.0f} ms' for b, t in medians.items()})
     assert max(medians.values()) < .3, medians
+
+
+def test_command_refuses_what_is_not_there():
+    from typer.testing import CliRunner
+    from msnlan.cli import app
+    for given, text in (['nothing.png'], 'expected a picture file'), (['--model', 'edsr'], 'no weights file'):
+        error = CliRunner().invoke(app, ['explore', *given]).exception
+        assert isinstance(error, OSError) and text in str(error)

@@ -386,6 +386,7 @@ class App {
   set(name, value) { this.model.set(name, value); this.model.save_changes(); }
 
   ask(name, value) {   // what the kernel must answer
+    if (this.model.get(name) === value) return;
     this.waiting = true;
     this.set(name, value);
     setTimeout(() => { if (this.waiting) this.say(); }, 300);
