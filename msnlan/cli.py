@@ -318,6 +318,7 @@ def export(
     model:Annotated[str, typer.Argument(help='A name with shipped weights, or a weights file')],
     out:Annotated[Path, typer.Argument(help='File ending in .onnx or .pt2 (torch.export)')],
     scale:Annotated[int, typer.Option(help='Magnification, for a name')]=2,
+    size:Annotated[Optional[tuple[int, int]], typer.Option(help='Height and width of the input; without: any')]=None,
 ):
     """Write a network for other programs: ONNX or torch.export.
 
@@ -325,7 +326,7 @@ def export(
     """
     from msnlan.inference import export_model
     from msnlan.runs import model_by_name
-    typer.echo(f'{export_model(model_by_name(model, scale)[0], out)}')
+    typer.echo(f'{export_model(model_by_name(model, scale)[0], out, size)}')
 
 # %% ../nbs/50_cli.ipynb #1a7a0dee
 data_app = typer.Typer(no_args_is_help=True, help='Benchmark and training sets: where from, checksums, what is here.')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLANS', 'SHAVE', 'TO_YCC', 'Tile', 'align_up', 'plan_of', 'cut', 'chop_tiles', 'in_tiles', 'eightfold', 'evaluating',
-           'enhance', 'predict', 'resolve_model', 'upscale', 'restore', 'traceable', 'export_model', 'write_onnx']
+           'enhance', 'predict', 'resolve_model', 'upscale', 'restore', 'traceable', 'program_of', 'export_model',
+           'write_onnx']
 
 # %% ../nbs/20_inference.ipynb #f7f1dcd5
 import os
@@ -18,6 +19,7 @@ from torch import nn, Tensor
 
 from .images import imread, imresize, to_image, to_tensor
 from .layers import PatchAttention
+from .models.checkpoints import first_line
 from .models.zoo import create_model, list_models, load_model
 
 # %% ../nbs/20_inference.ipynb #9ac86a4f
@@ -226,6 +228,19 @@ def traceable(model:nn.Module):
         for m, b in zip(holders, was): m.backend = b
 
 # %% ../nbs/20_inference.ipynb #ad5c8dcf
+def program_of(
+    model:nn.Module,  # in eval mode
+    x:Tensor,         # an example of its input
+    free,             # `dynamic_shapes` of torch.export; none: the size of `x` only
+):                    # torch.export.ExportedProgram
+    "The network as a program; ValueError where its sizes cannot be left free"
+    try: return torch.export.export(model, (x,), dynamic_shapes=free)
+    except Exception as e:  # of many kinds, each a page long
+        if free is None: raise
+        raise ValueError(f'{type(model).__name__} cannot be exported with free height and width '
+                         f'({first_line(e)}); give a size') from e
+
+# %% ../nbs/20_inference.ipynb #b89b081b
 def export_model(
     model:nn.Module,                     # a network of the zoo
     path,                                # where to, ending .onnx or .pt2
@@ -240,7 +255,7 @@ def export_model(
     was = model.training
     try:
         with traceable(model.eval()), torch.no_grad():
-            program = torch.export.export(model, (x,), dynamic_shapes=free)
+            program = program_of(model, x, free)
             write_onnx(program, path) if path.suffix == '.onnx' else torch.export.save(program, str(path))
     finally: model.train(was)
     return path

@@ -95,13 +95,25 @@ def test_upscale_by_name_file_and_network(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_onnx_agrees_with_torch(tmp_path):
+@pytest.mark.parametrize('name,config', [('msnlan', dict(n_feats=16, n_resgroups=2)), ('hspan', dict(n_feats=8, n_resgroups=1))])
+def test_onnx_agrees_with_torch_at_any_size(name, config, tmp_path):
     runtime = pytest.importorskip('onnxruntime'); pytest.importorskip('onnxscript')
     torch.manual_seed(0)
-    net = create_model('msnlan', scale=2, n_feats=16, n_resgroups=2, n_resblocks=1)
+    net = create_model(name, scale=2, n_resblocks=1, **config)
     session = runtime.InferenceSession(str(export_model(net, tmp_path/'net.onnx')), providers=['CPUExecutionProvider'])
     assert net.training
     for size in (16, 24), (11, 19):
         x = torch.rand(1, 3, *size)
         y, = session.run(None, {'image': x.numpy()})
         with torch.no_grad(): assert np.abs(y - net(x).numpy()).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_sizes_that_cannot_be_free(tmp_path):
+    torch.manual_seed(0)
+    net = create_model('mlrn', scale=2, n_feats=16, n_modules=1, region=8)
+    with pytest.raises(ValueError, match='MLRN cannot be exported with free height and width .*; give a size') as e:
+        export_model(net, tmp_path/'net.pt2')
+    assert '\n' not in str(e.value) and not list(tmp_path.iterdir())
+    program, x = torch.export.load(export_model(net, tmp_path/'net.pt2', (16, 24))).module(), torch.rand(1, 3, 16, 24)
+    with torch.no_grad(): assert (program(x) - net(x)).abs().max() < 1e-5
