@@ -228,11 +228,12 @@ def snakemake_command(
     folder:Path,       # `reports/<preset>`
     *options,          # further command-line options
     threads:int=1,     # of each job whose preset does not say
+    gpus:int=0,        # none: jobs ask for no GPU
 )->list:
     "Snakemake's command line on the project's Snakefile"
     root = project_root()
     return [sys.executable, '-m', 'snakemake', '--snakefile', str(root/'nbs/experiments/Snakefile'),
-            '--config', f'preset={preset}', f'folder={folder}', f'threads={threads}', *options]
+            '--config', f'preset={preset}', f'folder={folder}', f'threads={threads}', f'gpus={gpus}', *options]
 
 # %% ../nbs/41d_grids.ipynb #bd2071f3
 @dataclass
@@ -292,7 +293,7 @@ def drive(
     shutil.rmtree(folder/'.running', ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     targets = [str(s.stamp) for s in steps.values()]
-    command = [*snakemake_command(preset, folder, *options, threads=threads), '--', *targets]
+    command = [*snakemake_command(preset, folder, *options, threads=threads, gpus=gpus), '--', *targets]
     with open(work/'snakemake.log', 'w') as log:
         env = os.environ if gpus else os.environ | {'CUDA_VISIBLE_DEVICES': ''}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
@@ -327,7 +328,7 @@ def reproduce(
         if len(before) == len(steps): return outcome(whole, steps, before, folder)
         cores, fixed = os.cpu_count() or 1, next(iter(steps.values())).job.threads
         jobs = jobs or max(1, cores//(fixed or cores))
-        gpus = len(visible_gpus()) if gpus is None else gpus
+        if gpus is None: gpus = 1 if profile else len(visible_gpus())          # a cluster's GPUs are not seen from here
         work = project_root()/'runs/snakemake'/f'{folder.name}-{digest(str(folder))[:8]}'
         options = snakemake_options(jobs, gpus, keep_going, profile, work)
         status = drive(preset, folder, steps, options, max(1, cores//jobs), jobs, gpus)

@@ -67,7 +67,8 @@ def collect(
 # %% ../nbs/42_report.ipynb #2d3c9ad7
 NOTEBOOK = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}
 .jp-InputPrompt, .jp-OutputPrompt, .anchor-link, .prompt {{ display:none }} .highlight {{ background:#f4f6f8 }}
-.jp-RenderedImage img {{ max-width:100% }} pre {{ white-space:pre-wrap }} .k, .kn, .ow {{ color:#7a3e9d }}
+.jp-RenderedImage img {{ max-width:100% }} .dataframe, .dataframe th, .dataframe td {{ border-width:0 0 1px }}
+.dataframe td, .dataframe th {{ padding-right:1rem }} pre {{ white-space:pre-wrap }} .k, .kn, .ow {{ color:#7a3e9d }}
 .s1, .s2, .sa, .si {{ color:#2a6f3c }} .c1 {{ color:#6a737d }} .mi, .mf {{ color:#0b6bb0 }}
 .ansi-red-fg {{ color:#b3261e }}</style></head><body>
 <p class="soft"><a href="../index.html">{preset}</a> · run {title} · {links}</p>{body}</body></html>"""
