@@ -372,7 +372,7 @@ def data_verify(name:SetName, data_root:DataRoot=None):
 # %% ../nbs/50_cli.ipynb #0a5297e9
 @app.command()
 def bench(
-    what:Annotated[str, typer.Argument(help='attention (the operator) or training (steps of a paper\'s network)')]='attention',
+    what:Annotated[str, typer.Argument(help="attention (the operator) or training")]="attention",
     out:Annotated[Path, typer.Option('-o', '--out', help='Folder for the JSON')]=Path('reports/benchmarks'),
 ):
     """Time and memory of the attention operator, or of training steps, against the definition.
