@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAMS = ['munged', 'slurmctld', 'slurmd', 'sbatch', 'squeue', 'sinfo']
+CLIENTS = ['sbatch', 'squeue', 'scontrol', 'srun', 'scancel', 'sinfo', 'sacctmgr']
 SBIN = os.environ.get('PATH', '') + ':/usr/sbin:/sbin'
 
 CONF = """ClusterName=loopback
@@ -62,7 +63,12 @@ def cluster(folder:Path):
     (folder/'munge.key').write_bytes(secrets.token_bytes(128)); (folder/'munge.key').chmod(0o400)
     conf = folder/'slurm.conf'
     conf.write_text(CONF.format(host=host, folder=folder, ports=free_ports(2), cores=os.cpu_count()))
-    env = os.environ | dict(SLURM_CONF=str(conf), PATH=SBIN)
+    (folder/'bin').mkdir()
+    for name in CLIENTS:                          # jobs and Snakemake's plugin forget SLURM_CONF; the programs do not
+        if not (real := shutil.which(name, path=SBIN)): continue
+        (folder/'bin'/name).write_text(f'#!/bin/sh\nSLURM_CONF={conf} exec {real} "$@"\n')
+        (folder/'bin'/name).chmod(0o755)
+    env = os.environ | dict(SLURM_CONF=str(conf), PATH=f'{folder}/bin:{SBIN}')
     started = []
     def start(*command):
         log = open(folder/f'{command[0]}.out', 'w')
