@@ -115,7 +115,7 @@ def tables(parameter:Parameters=None, data_root:DataRoot=None, out:Out=None):
 # %% ../nbs/50_cli.ipynb #0730154f
 @app.command()
 def explore(
-    picture:Annotated[str, typer.Argument(help='A picture, or the name of a photograph that scikit-image ships')]='astronaut',
+    picture:Annotated[str, typer.Argument(help='A picture, or a photograph that scikit-image ships')]='astronaut',
     model:Annotated[str, typer.Option(help='A name with shipped weights, or a weights file')]='msnlan-tiny-x2',
     side:Annotated[int, typer.Option(help='Longest side of the picture that the network sees')]=128,
     port:Annotated[int, typer.Option(help='Port of the page')]=8866,

@@ -93,7 +93,8 @@ def closure(
     root = root or package_folder()
     top, todo, out = root.name, list(names), {}
     if top in names:
-        todo += ['.'.join((top, *p.relative_to(root).with_suffix('').parts)) for p in root.rglob('*.py') if p.name != '_modidx.py']
+        todo += ['.'.join((top, *p.relative_to(root).with_suffix('').parts)) for p in root.rglob('*.py')
+                 if p.name != '_modidx.py']
     while todo:
         parts = todo.pop().split('.')
         if parts[0] != top: continue
@@ -189,7 +190,8 @@ def depends(
     code:tuple,          # of `notebook_code`
 )->dict:                 # JSON-able
     "Everything that makes a job run again when it changes"
-    return dict(parameters=job.parameters, threads=job.threads, notebook=code[0], modules=code[1], data={n: data_hash(n, hashes) for n in used(job, DATA)},
+    return dict(parameters=job.parameters, threads=job.threads, notebook=code[0], modules=code[1],
+                data={n: data_hash(n, hashes) for n in used(job, DATA)},
                 weights=weights_hashes(job, hashes), needs=needs)
 
 # %% ../nbs/41c_fingerprints.ipynb #6e437438
@@ -214,7 +216,8 @@ def differences(
     out, default = [], 'the default'
     both = lambda part: (old.get(part) or {}, new.get(part) or {})
     a, b = both('parameters')
-    out += [f'{n}: {a.get(n, default)!r} -> {b.get(n, default)!r}' for n in {**a, **b} if a.get(n, default) != b.get(n, default)]
+    out += [f'{n}: {a.get(n, default)!r} -> {b.get(n, default)!r}' for n in {**a, **b}
+            if a.get(n, default) != b.get(n, default)]
     if old.get('threads') != new.get('threads'): out.append(f"threads: {old.get('threads')} -> {new.get('threads')}")
     if old.get('notebook') != new.get('notebook'): out.append('the notebook changed')
     for part, word in (('modules', ''), ('data', 'data '), ('weights', 'weights ')):

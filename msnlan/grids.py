@@ -158,7 +158,8 @@ class Watch:
 
     def look(self)->tuple:   # (names that got done, names that began) since the last look
         "Read the folder"
-        running = {p.name: read_json(p).get('start', time.time()) for p in (self.folder/'.running').glob('*') if p.is_file()}
+        running = {p.name: read_json(p).get('start', time.time())
+                   for p in (self.folder/'.running').glob('*') if p.is_file()}
         began = [n for n in running if n not in getattr(self, 'running', {}) and n in self.steps]
         done = [n for n, s in self.steps.items() if n not in self.known and s.done]
         for n in done: self.took[n] = lasted(read_json(self.steps[n].folder/'provenance.json'))
@@ -274,7 +275,8 @@ def fetch_sets(steps:dict):
 def snakemake_options(jobs:int, gpus:int, keep_going:bool, profile:str|None, work:Path)->list:
     "Snakemake's options for a run on this machine, or with the executor of a profile"
     if profile: options = ['--workflow-profile', str(Path(profile).absolute())]
-    else: options = ['--cores', str(os.cpu_count() or 1), '--jobs', str(jobs), *(['--resources', f'gpu={gpus}'] if gpus else [])]
+    else: options = ['--cores', str(os.cpu_count() or 1), '--jobs', str(jobs),
+                     *(['--resources', f'gpu={gpus}'] if gpus else [])]
     return ['--directory', str(work), *options, *(['--keep-going'] if keep_going else [])]
 
 # %% ../nbs/41d_grids.ipynb #28d2e567
@@ -287,7 +289,7 @@ def drive(
     jobs:int,
     gpus:int,
 ):
-    "Call Snakemake on the steps and show how far it is; its own words go to a log. Raises `RunError` where it cannot start"
+    "Call Snakemake on the steps and show how far it is; its words go to a log. Raises `RunError` where it cannot start"
     work = Path(options[options.index('--directory') + 1])
     shutil.rmtree(work/'.snakemake', ignore_errors=True)        # its memory: what is done says so itself
     shutil.rmtree(folder/'.running', ignore_errors=True)
@@ -346,7 +348,8 @@ def describe_plan(
     "What would run and why, for a person"
     todo = [s for s in steps.values() if s.why]
     width = max(map(len, steps))
-    lines = [f"{'run ' if s.why else 'done'}  {s.job.name:{width}}  {s.job.notebook:14}  {s.why}".rstrip() for s in steps.values()]
+    lines = [f"{'run ' if s.why else 'done'}  {s.job.name:{width}}  {s.job.notebook:14}  {s.why}".rstrip()
+             for s in steps.values()]
     absent = sorted({n for s in todo for n, h in s.depends['data'].items() if h is None})
     lines.append(f'{len(todo)} of {len(steps)} runs to do, in {folder}')
     if absent: lines.append(f"not here yet: {', '.join(absent)} (msnlan data list says where from)")

@@ -24,7 +24,7 @@ from .runs import check_parameters, notebook_parameters, notebook_path, project_
 # %% ../nbs/41b_presets.ipynb #f8217a70
 class Loader(yaml.SafeLoader):
     "YAML with `true` and `false` as the only truth values and numbers such as 1e-3; no key twice"
-    yaml_implicit_resolvers = {k: [(t, r) for t, r in v if t not in ('tag:yaml.org,2002:bool', 'tag:yaml.org,2002:float')]
+    yaml_implicit_resolvers = {k: [(t, r) for t, r in v if t.rpartition(':')[2] not in ('bool', 'float')]
                                for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
     def construct_mapping(self, node, deep=False):
@@ -263,7 +263,8 @@ def load_preset(
     text = path.read_text()
     try: node, data = yaml.compose(text), yaml.load(text, Loader)
     except yaml.MarkedYAMLError as e:
-        raise PresetError(f'{path}, line {(e.problem_mark or e.context_mark).line + 1}: not YAML: {e.problem}') from None
+        line = (e.problem_mark or e.context_mark).line + 1
+        raise PresetError(f'{path}, line {line}: not YAML: {e.problem}') from None
     except ValueError as e: raise PresetError(f'{path}, {e}') from None
     if not isinstance(data, dict): raise PresetError(f'{path}, line 1: expected keys such as title and jobs')
     spec = check_schema(data, node, path)

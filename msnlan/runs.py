@@ -44,7 +44,8 @@ def declared(path:Path, changed:int)->dict:
     for node in ast.parse(found[0]).body:
         if not isinstance(node, ast.AnnAssign): continue
         comment = lines[node.end_lineno - 1][node.end_col_offset:].partition('#')[2].strip()
-        out[node.target.id] = dict(default=ast.literal_eval(node.value), type=ast.unparse(node.annotation), help=comment)
+        out[node.target.id] = dict(default=ast.literal_eval(node.value), type=ast.unparse(node.annotation),
+                                   help=comment)
     return out
 
 # %% ../nbs/41_runs.ipynb #3a8d1a05

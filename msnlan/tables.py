@@ -54,7 +54,8 @@ def cell_sources(
     for model, column, run in zip(scores.model, column_labels(scores), scores.run):
         for key in ((model, column), (model, 'model')): found.setdefault(key, {})[run] = True
     weights = lambda model: [model] if model in trained else []
-    return [[[*found.get((m, c), []), *weights(m)] if found.get((m, c)) else [] for c in table.columns] for m in table.model]
+    return [[[*found.get((m, c), []), *weights(m)] if found.get((m, c)) else [] for c in table.columns]
+            for m in table.model]
 
 # %% ../nbs/40_tables.ipynb #daaecb85
 def html_table(

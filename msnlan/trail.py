@@ -39,7 +39,8 @@ def find(
                                      f"one of {', '.join(str(i + 1) for i in at)}")
     if at: return at[0]
     if wanted.isdigit() and 0 < int(wanted) <= len(names): return int(wanted) - 1
-    raise ValueError(f"no {what} {wanted!r}; expected 1 to {len(names)}, or one of {', '.join(map(str, dict.fromkeys(names)))}")
+    known = ', '.join(map(str, dict.fromkeys(names)))
+    raise ValueError(f'no {what} {wanted!r}; expected 1 to {len(names)}, or one of {known}')
 
 # %% ../nbs/43_trail.ipynb #42c3196b
 def read_cell(text:str)->dict:   # 'path', 'row', 'column' (names), 'value', 'runs' (names of those behind it)
@@ -137,7 +138,8 @@ def trail(
     if not cell['runs']: return [*lines, 'nothing is behind this cell: it was not measured'], []
     again = recomputed(cell, runs)
     if again is not None:
-        lines.append(f"  {'OK     ' if again == cell['value'] else 'DIFFERS'}  computed again from per_picture.csv: {again}")
+        verdict = 'OK     ' if again == cell['value'] else 'DIFFERS'
+        lines.append(f'  {verdict}  computed again from per_picture.csv: {again}')
         if again != cell['value']: wrong.append(f'the value ({again} from the per-picture scores)')
     hashes = FileHashes(project_root()/'runs/hashes.json')
     makers = [p.parent.parent.name for p in runs.glob(f'[!.]*/tables/{path.name}')]
