@@ -106,8 +106,8 @@ def describe_run(run:Path, hashes:FileHashes)->tuple:   # (lines, what differs)
     gpus = f", {', '.join(env['gpus'])}" if env['gpus'] else ''
     lines = [f"{run.name}: {record['notebook']}.ipynb, {record['start']} to {record['end']}, {record['state']}",
              f"  executed notebook  {run/'notebook.ipynb'}",
-             f"  code               commit {(git['commit'] or 'unknown')[:12]}{changes}; torch {env['packages']['torch']}; "
-             f"python {env['python']}; lock {(env['lock'] or 'none')[:12]}",
+             f"  code               commit {(git['commit'] or 'unknown')[:12]}{changes}; "
+             f"torch {env['packages']['torch']}; python {env['python']}; lock {(env['lock'] or 'none')[:12]}",
              f"  machine            {env['cpu']}{gpus}; {env['threads']} threads; seeds {record.get('seeds') or 'none'}"]
     lines += [f'  parameter          {k} = {v!r}' for k, v in record['parameters'].items()]
     lines += [f"  {'OK     ' if then == now else 'DIFFERS'}            {what}  {str(then)[:16]}"
