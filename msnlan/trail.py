@@ -108,7 +108,7 @@ def describe_run(run:Path, hashes:FileHashes)->tuple:   # (lines, what differs)
              f"  executed notebook  {run/'notebook.ipynb'}",
              f"  code               commit {(git['commit'] or 'unknown')[:12]}{changes}; "
              f"torch {env['packages']['torch']}; python {env['python']}; lock {(env['lock'] or 'none')[:12]}",
-             f"  machine            {env['cpu']}{gpus}; {env['threads']} threads; seeds {record.get('seeds') or 'none'}"]
+             f"  machine            {env['cpu']}{gpus}; {env['threads']} threads; seeds {record['seeds'] or 'none'}"]
     lines += [f'  parameter          {k} = {v!r}' for k, v in record['parameters'].items()]
     lines += [f"  {'OK     ' if then == now else 'DIFFERS'}            {what}  {str(then)[:16]}"
               + ('' if then == now else f' -> {str(now)[:16]}') for what, then, now in checks]
