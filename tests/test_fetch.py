@@ -38,7 +38,8 @@ class Server:
                 if misdeed == 'bytes': body = body[:-20] + b'x'*20
                 if misdeed == 'slow': me.stop.wait(3)
                 self.send_response(200); self.send_header('Content-Length', str(len(body))); self.end_headers()
-                self.wfile.write(body[:len(body)//2] if misdeed == 'cut' else body)
+                try: self.wfile.write(body[:len(body)//2] if misdeed == 'cut' else body)
+                except BrokenPipeError: return                      # the client gave up first
                 if misdeed == 'cut': self.connection.close()
         self.stop = threading.Event()
         self.http = ThreadingHTTPServer(('127.0.0.1', 0), Handler)

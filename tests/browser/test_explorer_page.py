@@ -194,6 +194,7 @@ def full_tour(page, tmp_path):
     assert labels == [], 'every control has a name'
 
 
+@pytest.mark.slow
 def test_voila_page_answers_clicks(voila, page):
     page.goto(voila, wait_until='commit')
     three_clicks(Driver(page))
