@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DATA', 'WEIGHTS', 'package_folder', 'digest', 'bare', 'code_hash', 'notebook_source', 'imports', 'module_file',
-           'read_module', 'closure', 'FileHashes', 'offline', 'data_hash', 'used', 'weights_hashes', 'notebook_code',
-           'depends', 'fingerprints', 'differences']
+           'read_module', 'closure', 'FileHashes', 'offline', 'data_hash', 'recipe_settings', 'used', 'weights_hashes',
+           'notebook_code', 'depends', 'fingerprints', 'differences']
 
 # %% ../nbs/41c_fingerprints.ipynb #f33f0da7
 import ast, hashlib, json, os
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -146,6 +147,15 @@ def data_hash(
     except (OSError, ValueError): return None
     return digest([(p.name, hashes(Path(p.path))) for p in pictures])
 
+# %% ../nbs/41c_fingerprints.ipynb #5ec1be5a
+def recipe_settings(job:Job)->dict:   # name -> value; empty for a notebook without recipes
+    "The settings of a job's recipe"
+    from msnlan.recipes import load_recipe
+    known = notebook_parameters(notebook_path(job.notebook))
+    if 'recipe' not in known: return {}
+    settings = asdict(load_recipe(job.parameters.get('recipe', known['recipe']['default'])))
+    return {n: v for n, v in settings.items() if n in known}
+
 # %% ../nbs/41c_fingerprints.ipynb #9cc8c8f4
 DATA = ('data', 'validation', 'dataset', 'datasets')    # parameters that name data sets
 WEIGHTS = ('model', 'models', 'init')                   # parameters that name weights
@@ -154,9 +164,10 @@ def used(
     job:Job,
     names:tuple,   # parameters to look at
 )->list:           # of text
-    "What a job's parameters of these names say, defaults included"
-    known = notebook_parameters(notebook_path(job.notebook))
-    values = [job.parameters.get(n, known[n]['default']) for n in names if n in known]
+    "What a job's parameters of these names say, those of its recipe and defaults included"
+    known = {n: p['default'] for n, p in notebook_parameters(notebook_path(job.notebook)).items()}
+    known |= recipe_settings(job) | job.parameters
+    values = [known[n] for n in names if n in known]
     return [v for value in values for v in (value if isinstance(value, list) else [value]) if v and isinstance(v, str)]
 
 # %% ../nbs/41c_fingerprints.ipynb #ff51e865
@@ -190,7 +201,7 @@ def depends(
     code:tuple,          # of `notebook_code`
 )->dict:                 # JSON-able
     "Everything that makes a job run again when it changes"
-    return dict(parameters=job.parameters, threads=job.threads, notebook=code[0], modules=code[1],
+    return dict(parameters=recipe_settings(job) | job.parameters, threads=job.threads, notebook=code[0], modules=code[1],
                 data={n: data_hash(n, hashes) for n in used(job, DATA)},
                 weights=weights_hashes(job, hashes), needs=needs)
 

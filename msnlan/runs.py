@@ -67,7 +67,9 @@ def check_parameters(
         near = get_close_matches(name, known, 1)
         guess = f'; did you mean {near[0]!r}?' if near else '.'
         raise ValueError(f"{path.name} has no parameter {name!r}{guess} It has: {', '.join(known)}")
-    return {n: as_type(n, v, known[n]['default']) for n, v in given.items()}
+    empty = dict(int=0, float=0., bool=False, str='', list=[], dict={})      # the types of parameters without a default
+    like = {n: empty.get(p['type']) if p['default'] is None else p['default'] for n, p in known.items()}
+    return {n: as_type(n, v, like[n]) for n, v in given.items()}
 
 # %% ../nbs/41_runs.ipynb #6916c210
 def output_folder(out:str, name:str)->Path:
