@@ -201,8 +201,8 @@ def depends(
     code:tuple,          # of `notebook_code`
 )->dict:                 # JSON-able
     "Everything that makes a job run again when it changes"
-    return dict(parameters=recipe_settings(job) | job.parameters, threads=job.threads, notebook=code[0], modules=code[1],
-                data={n: data_hash(n, hashes) for n in used(job, DATA)},
+    return dict(parameters=recipe_settings(job) | job.parameters, threads=job.threads, notebook=code[0],
+                modules=code[1], data={n: data_hash(n, hashes) for n in used(job, DATA)},
                 weights=weights_hashes(job, hashes), needs=needs)
 
 # %% ../nbs/41c_fingerprints.ipynb #6e437438
