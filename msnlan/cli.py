@@ -15,6 +15,8 @@ from typing import Annotated, Optional
 
 import typer
 
+sys.modules.setdefault('rfc3987_syntax', None)   # jsonschema, which papermill imports, would build a grammar for 3 s
+
 # %% ../nbs/50_cli.ipynb #bf6157bd
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help='Single-image super-resolution with non-local attention: train, evaluate, look, tabulate.')

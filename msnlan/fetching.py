@@ -18,7 +18,6 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
-from .images import imread
 from .registry import SETS, SOURCES, SetInfo, find_dataset, find_root, list_pictures, registry, set_info
 
 # %% ../nbs/02b_fetching.ipynb #6092e8dd
@@ -55,6 +54,7 @@ def pixels_sha256(
     path:str|os.PathLike,  # a picture
 )->str:                    # 64 hexadecimal digits
     "SHA-256 of the decoded 8-bit pixels: the same after any lossless recompression"
+    from msnlan.images import imread
     return hashlib.sha256(imread(path, grey=None).tobytes()).hexdigest()
 
 # %% ../nbs/02b_fetching.ipynb #96cad234

@@ -41,9 +41,10 @@ def bare(source:str)->ast.Module:
     return tree
 
 # %% ../nbs/41c_fingerprints.ipynb #18fee950
-def code_hash(source:str)->str:
-    "Hash of what Python source does"
-    return hashlib.sha256(ast.dump(bare(source)).encode()).hexdigest()
+def code_hash(code:str|ast.Module)->str:
+    "Hash of what Python source, or the tree of `bare`, does"
+    tree = bare(code) if isinstance(code, str) else code
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 # %% ../nbs/41c_fingerprints.ipynb #0f8bcdd7
 def notebook_source(path:Path)->str:
@@ -82,8 +83,8 @@ def module_file(
 @lru_cache
 def read_module(name:str, path:Path, changed:int)->tuple:   # (hash, names it imports)
     "Hash and imports of a module, once for each state of its file"
-    source = path.read_text()
-    return code_hash(source), imports(bare(source), name, path.name == '__init__.py')
+    tree = bare(path.read_text())
+    return code_hash(tree), imports(tree, name, path.name == '__init__.py')
 
 # %% ../nbs/41c_fingerprints.ipynb #2c3e12da
 def closure(
@@ -141,7 +142,7 @@ def data_hash(
     hashes:FileHashes,
 )->str|None:             # none: the set is not here, or not whole
     "Hash over names and files of a data set"
-    from msnlan.datasets import load_dataset
+    from msnlan.sets import load_dataset
     try:
         with offline(): pictures = load_dataset(name)
     except (OSError, ValueError): return None
@@ -154,7 +155,7 @@ def recipe_settings(job:Job)->dict:   # name -> value; empty for a notebook with
     known = notebook_parameters(notebook_path(job.notebook))
     if 'recipe' not in known: return {}
     settings = asdict(load_recipe(job.parameters.get('recipe', known['recipe']['default'])))
-    return {n: v for n, v in settings.items() if n in known}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in settings.items() if n in known}   # as JSON has it
 
 # %% ../nbs/41c_fingerprints.ipynb #9cc8c8f4
 DATA = ('data', 'validation', 'dataset', 'datasets')    # parameters that name data sets
@@ -191,7 +192,7 @@ def weights_hashes(
 def notebook_code(name:str)->tuple:   # (hash, {module: hash})
     "What an experiment notebook runs: its own code and the modules that it reaches"
     tree = bare(notebook_source(notebook_path(name)))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), closure(imports(tree))
+    return code_hash(tree), closure(imports(tree))
 
 # %% ../nbs/41c_fingerprints.ipynb #db20a1d3
 def depends(

@@ -266,7 +266,7 @@ def outcome(
 # %% ../nbs/41d_grids.ipynb #a8f48cdf
 def fetch_sets(steps:dict):
     "Fetch data sets that jobs will want, so that fingerprints know them; a set that cannot be had fails its job later"
-    from msnlan.datasets import load_dataset
+    from msnlan.sets import load_dataset
     for name in dict.fromkeys(n for s in steps.values() if not s.done for n in used(s.job, DATA)):
         try: load_dataset(name)
         except (OSError, ValueError): pass

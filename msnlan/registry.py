@@ -14,7 +14,6 @@ from importlib.resources import files
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .images import imread, with_channels
 
 # %% ../nbs/02a_registry.ipynb #e3b93cca
 SOURCES = {  # repository and commit, below https://raw.githubusercontent.com/
@@ -106,6 +105,7 @@ class Picture:
         grey:bool|None=False,    # as in `imread`: False RGB, True grey or luma, None as stored
     )->np.ndarray:               # uint8, (H, W, 3) or (H, W)
         "The pixels"
+        from msnlan.images import imread, with_channels    # lists of pictures do without torch
         return imread(self.path, grey) if self.array is None else with_channels(self.array, grey)
 
 # %% ../nbs/02a_registry.ipynb #7a6d59af

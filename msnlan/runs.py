@@ -94,7 +94,7 @@ def save_figure(
 # %% ../nbs/41_runs.ipynb #02094201
 def picture_hashes(names:list)->dict:   # set name -> SHA-256 over names and pixels of its pictures
     "What the pictures of the data sets `names` are, as one hash a set"
-    from msnlan.datasets import load_dataset
+    from msnlan.sets import load_dataset
     out = {}
     for name in names:
         h = hashlib.sha256()
