@@ -191,14 +191,16 @@ def earlier_rows(
 def as_markdown(report:dict)->str:
     "A report as a table for a person"
     m = report['machine']
-    lines = [f"{m['device']}, {m['threads']} threads, torch {m['torch']}, numba {m['numba']}, Python {m['python']}, {m['date']}",
-             '', '| case | pass | runs | load | reference, s | ours, s | minimum, s | times faster | ours / minimum |',
+    lines = [f"{m['device']}, {m['threads']} threads, torch {m['torch']}, numba {m['numba']}, "
+             f"Python {m['python']}, {m['date']}", '',
+             '| case | pass | runs | load | reference, s | ours, s | minimum, s | times faster | ours / minimum |',
              '| --- '*9 + '|']
     for r in report['rows']:
         seconds = [f"{r['seconds'][k]:.3g}" if k in r['seconds'] else 'map too large' for k in METHODS]
         ratios = [f'{r[k]:.2f}' if k in r else '' for k in ('times_faster', 'of_minimum')]
         what = r['pass_'] + (f", {r['autocast']}" if r['autocast'] else '')
-        lines.append('| ' + ' | '.join([r['case'], what, str(r['runs']), f"{r.get('load', m['load']):.1f}", *seconds, *ratios]) + ' |')
+        cells = [r['case'], what, str(r['runs']), f"{r.get('load', m['load']):.1f}", *seconds, *ratios]
+        lines.append(f"| {' | '.join(cells)} |")
     return '\n'.join(lines) + '\n'
 
 # %% ../nbs/10c_attention_benchmark.ipynb #e8dea0c8
