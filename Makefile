@@ -4,6 +4,9 @@ PRESET ?= smoke
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
+# the attention's inner loops, compiled once here rather than in the first run
+COMPILE := import torch; from msnlan.attention import patch_attention as f; \
+           x = torch.rand(1, 4, 24, 24, requires_grad=True); f(x, x, x).sum().backward()
 
 .PHONY: help setup reproduce test test-all browser lab bench readme notebooks lock clean
 
@@ -16,6 +19,7 @@ $(READY): requirements.lock settings.ini setup.py
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c "$(COMPILE)"
 	@touch $(READY)
 
 setup: $(READY)  ## the environment in .venv, nothing else
