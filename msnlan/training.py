@@ -302,17 +302,20 @@ def plot_curves(
     curves:dict,    # 'loss': rows (step, loss, learning rate); 'validation': rows (step, PSNR in dB)
     bicubic:float|None=None,   # PSNR of bicubic on the validation pictures, drawn as a line
 ):                  # matplotlib figure
-    "Loss and validation PSNR over the steps"
+    "The loss over the steps, and the validation PSNR where there is one"
     import matplotlib.pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout='constrained')
+    both = bool(curves['validation']) or bicubic is not None
+    fig, axes = plt.subplots(1, 1 + both, figsize=(4.5*(1 + both), 3), layout='constrained', squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
     if curves['loss']: left.plot(*np.array(curves['loss'])[:, :2].T, color='#0072B2')
     left.set(xlabel='step', ylabel='L1 loss', title='Training', yscale='log')
     if curves['validation']:
         right.plot(*np.array(curves['validation']).T, color='#D55E00', marker='o', ms=3, label='network')
     if bicubic is not None: right.axhline(bicubic, color='0.4', ls='--', label='bicubic')
-    right.set(xlabel='step', ylabel='PSNR, dB', title='Validation')
-    if right.get_legend_handles_labels()[0]: right.legend(frameon=False)
-    for ax in (left, right): ax.spines[['top', 'right']].set_visible(False)
+    if both:
+        right.set(xlabel='step', ylabel='PSNR, dB', title='Validation')
+        right.legend(frameon=False)
+    for ax in axes.flat: ax.spines[['top', 'right']].set_visible(False)
     return fig
 
 # %% ../nbs/21_training.ipynb #66a5b467
