@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +20,7 @@ import pandas as pd
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from .basics import peak_memory, reset_peak
 from .datasets import list_pictures, load_dataset
 from .degradations import TASKS, cached_bicubic, degrade
 from .images import imresize, imwrite, to_image, to_tensor, with_channels
@@ -135,26 +135,14 @@ class Meter:
         if self.cuda:
             torch.cuda.synchronize(self.cuda)
             torch.cuda.reset_peak_memory_stats(self.cuda)
-        else: _reset_peak()
+        else: reset_peak()
         self.start = time.perf_counter()
         return self
 
     def __exit__(self, *_):
         if self.cuda: torch.cuda.synchronize(self.cuda)
         self.seconds = time.perf_counter() - self.start
-        self.peak_mb = (torch.cuda.max_memory_allocated(self.cuda) if self.cuda else _peak())/1e6
-
-# %% ../nbs/22_evaluation.ipynb #913a75d9
-def _reset_peak()->None:
-    "Let Linux forget the process's highest resident size; elsewhere nothing"
-    try: Path('/proc/self/clear_refs').write_text('5')
-    except OSError: pass
-
-# %% ../nbs/22_evaluation.ipynb #02b742c3
-def _peak()->int:  # bytes
-    "Highest resident size since `_reset_peak`, or of the process's life"
-    try: return 1024*int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])
-    except (OSError, TypeError): return 1024*resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.peak_mb = (torch.cuda.max_memory_allocated(self.cuda) if self.cuda else peak_memory())/1e6
 
 # %% ../nbs/22_evaluation.ipynb #a87b4bf0
 READ = {'cnn': False, 'rgb': False, 'bicubic': True, 'grey': True, 'jpeg': True, 'png': None}

@@ -7,13 +7,13 @@ __all__ = ['BACKEND', 'build_step', 'step_times', 'step_memory', 'projected_hour
            'add_memory', 'benchmark', 'main']
 
 # %% ../nbs/21b_training_benchmark.ipynb #e3681669
-import argparse, gc, json, resource, statistics, subprocess, sys, time
+import argparse, gc, json, statistics, subprocess, sys, time
 from pathlib import Path
 
 import torch
 
 from .attention_benchmark import machine
-from .basics import write_json
+from .basics import peak_memory, reset_peak, write_json
 from .layers import PatchAttention
 from .models.zoo import create_model
 from .recipes import find_recipe, load_recipe
@@ -86,11 +86,11 @@ def _peak(case, method):
     build_step(method=method, **dict(case, patch=24, batch=1))()
     gc.collect()
     if case.get('device') == 'cuda': torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reset_peak(); before = peak_memory()
     step = build_step(method=method, **case)
     step(); step()
-    if case.get('device') == 'cuda': return torch.cuda.max_memory_allocated()/2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)/1024
+    if case.get('device') == 'cuda': return torch.cuda.max_memory_allocated()/1e6
+    return (peak_memory() - before)/1e6
 
 # %% ../nbs/21b_training_benchmark.ipynb #30103099
 def projected_hours(
