@@ -107,7 +107,7 @@ def once(run, inputs, backward, device='cpu', autocast=None):
 
 # %% ../nbs/10c_attention_benchmark.ipynb #331ca1ba
 def measure(case, methods, backward, device='cpu', runs=5, seconds=40., autocast=None):
-    "Interleaved runs; {method: list of seconds}. The longest method ends the rounds after about `seconds`"
+    "Interleaved runs; {method: list of seconds}. No new round after `seconds`"
     built = {m: build(case, m, device) for m in methods}
     small = _case((1, 4, 24, 24), [(1, 4, 24, 24)], [(1, 4, 24, 24)])
     once(*build(small, 'ours', device), backward, device)          # compile, if that has not been done
@@ -148,13 +148,13 @@ def _peak(case, method, backward, device):
     return (peak_memory()-before)/1e6
 
 # %% ../nbs/10c_attention_benchmark.ipynb #1d356a2d
-def _row(name, case, device, backward, runs, memory, autocast, limit):
+def _row(name, case, device, backward, runs, seconds, memory, autocast, limit):
     "Times and memory of one case; the reference is left out where its map alone passes the limit"
     grid = case.get('query') or case['input']
     L = sum(k[-2]*k[-1] for k in case['keys']) if 'keys' in case else (grid[-1]+4)**2
     too_large = 4*grid[-2]*grid[-1]*L*(6 if backward else 4) > limit
     methods = [m for m in METHODS if m == 'ours' or not too_large]
-    times = measure(case, methods, backward, device, runs, autocast=autocast)
+    times = measure(case, methods, backward, device, runs, seconds, autocast)
     row = dict(case=name, pass_='forward+backward' if backward else 'forward', runs=len(times['ours']),
                autocast=str(autocast).split('.')[-1] if autocast else None, load=os.getloadavg()[0],
                seconds={m: statistics.median(t) for m, t in times.items()})
@@ -208,6 +208,7 @@ def benchmark(
     out='reports/benchmarks',   # folder for the JSON and the plot
     sizes=(48, 96, 192),        # picture sizes
     runs=5,                     # rounds of interleaved runs, at most
+    seconds=40.,                # no new round of a case after so many
     device=None,                # 'cpu' or 'cuda'; the GPU if there is one
     memory=True,                # also measure peak memory
     only='',                    # only cases whose name matches this expression; rows of others stay
@@ -225,7 +226,7 @@ def benchmark(
         if not re.search(only, name): continue
         for autocast in (None, torch.bfloat16) if device == 'cuda' else (None,):
             for backward in (False, True):
-                row = _row(name, case, device, backward, runs, memory, autocast, limit)
+                row = _row(name, case, device, backward, runs, seconds, memory, autocast, limit)
                 same = lambda r: all(r[k] == row[k] for k in ('case', 'pass_', 'autocast'))
                 report['rows'] = [r for r in report['rows'] if not same(r)] + [row]
                 print(json.dumps(row), flush=True)
@@ -258,13 +259,14 @@ def main(args=None):
     p = argparse.ArgumentParser(prog='python -m msnlan.attention_benchmark', description=benchmark.__doc__)
     p.add_argument('--out', default='reports/benchmarks', help='folder for the JSON and the plot')
     p.add_argument('--sizes', type=int, nargs='+', default=[48, 96, 192])
-    p.add_argument('--runs', type=int, default=5)
+    p.add_argument('--runs', type=int, default=5, help='rounds of interleaved runs, at most')
+    p.add_argument('--seconds', type=float, default=40., help='no new round of a case after so many')
     p.add_argument('--device', choices=['cpu', 'cuda'])
     p.add_argument('--only', default='', help='expression a case name must match')
     p.add_argument('--no-memory', action='store_true'); p.add_argument('--peak', help=argparse.SUPPRESS)
     a = p.parse_args(args)
     if a.peak: return print(_peak(*json.loads(a.peak)))
-    benchmark(a.out, a.sizes, a.runs, a.device, not a.no_memory, a.only)
+    benchmark(a.out, a.sizes, a.runs, a.seconds, a.device, not a.no_memory, a.only)
 
 # %% ../nbs/10c_attention_benchmark.ipynb #55591f02
 if __name__ == '__main__' and sys.argv[0].endswith('attention_benchmark.py'): main()
