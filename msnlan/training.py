@@ -34,9 +34,13 @@ def make_accelerator(cfg:TrainConfig, out:Path, cpu:bool)->Accelerator:
     "The engine: device, processes, precision, accumulation, trackers"
     AcceleratorState._reset_state()
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    cpu = cpu or not torch.accelerator.is_available()    # Accelerate joins processes without a GPU only if told so
     acc = Accelerator(mixed_precision=cfg.precision, cpu=cpu, kwargs_handlers=[ddp],
                       project_config=ProjectConfiguration(str(out), logging_dir=str(out/'tensorboard')),
                       gradient_accumulation_steps=cfg.accumulate, log_with=list(cfg.trackers) or None)
+    if (started := int(os.environ.get('WORLD_SIZE', 1))) != acc.num_processes:
+        raise RuntimeError(f'{started} processes were started, {acc.num_processes} found each other; '
+                           'expected all of them to train together')
     check_config(cfg, acc.num_processes)
     return acc
 
