@@ -202,8 +202,8 @@ class _Level:
         self.p, self.H, self.W, self.Hk, self.Wk, self.c, self.cv = p, H, W, Hk, Wk, c, value.shape[1]
         self.P = W + p//2; self.m = _rows_per_tile(self.P, Wk, p, rings, query.element_size())
         self.Mk, self.C = _up(Wk, 8), _up(self.cv, 8)
-        buffers = query.element_size() * (H*W + 2*Hk*Wk) * (self.cv + c)
-        k = max(1, min(share, H*W*Hk*Wk >> 19, (1 << 28)//buffers))
+        result = query.element_size() * max(H*W, Hk*Wk) * (self.cv + c)    # of a piece; a thread holds one or two
+        k = max(1, min(share, H*W*Hk*Wk >> 19, max(8, (1 << 29)//result)))
         self.pieces = _pieces(H, Hk, self.m, k)
         self.key, self.value, self.fac = key, value, fac.numpy()
         self.Q = self.flat(query); self.KA = self.rows(key)
