@@ -116,7 +116,9 @@ def exp32(x):
     return e * _float_of(np.int32((k + np.int32(127)) << np.int32(23))) if x > CUT else ZERO
 
 # %% ../nbs/10a_attention_kernels.ipynb #fdd6bf77
-def _exp(x): raise NotImplementedError
+def _exp(x):
+    "exp of a number of at most 1; only compiled code can call it, numba replaces it by type below"
+    raise NotImplementedError
 
 @overload(_exp)
 def _exp_overload(x):

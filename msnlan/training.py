@@ -39,8 +39,8 @@ def make_accelerator(cfg:TrainConfig, out:Path, cpu:bool)->Accelerator:
                       project_config=ProjectConfiguration(str(out), logging_dir=str(out/'tensorboard')),
                       gradient_accumulation_steps=cfg.accumulate, log_with=list(cfg.trackers) or None)
     if (started := int(os.environ.get('WORLD_SIZE', 1))) != acc.num_processes:
-        raise RuntimeError(f'{started} processes were started, {acc.num_processes} found each other; '
-                           'expected all of them to train together')
+        raise RuntimeError(f'WORLD_SIZE says that {started} processes were started, {acc.num_processes} found '
+                           'each other; start them with python -m torch.distributed.run, or unset WORLD_SIZE')
     check_config(cfg, acc.num_processes)
     return acc
 

@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 import numpy as np, pytest, torch
 from conftest import ROOT
 from test_checkpoints import assert_same_bits, small_run
-from msnlan.training import launch, make_config, train
+from msnlan.training import launch, make_accelerator, make_config, train
 
 
 def two_processes(settings, out, folder, *more):
@@ -33,6 +33,14 @@ def test_one_process_and_two_have_one_curve(tmp_path):
     assert [(d[0], len(d), d[1] == d[2]) for d in two['digests']] == [(s, 3, True) for s in (10, 20, 30, 40, 50)]
     np.testing.assert_allclose([v[1] for v in one['validation']], [v[1] for v in two['validation']], atol=0.02)
     assert json.loads((tmp_path/'two/summary.json').read_text())['processes'] == 2
+
+
+def test_processes_that_do_not_find_each_other_stop(tmp_path, monkeypatch):
+    "Two lone processes in one folder would spoil each other's checkpoints"
+    monkeypatch.setenv('WORLD_SIZE', '2'); monkeypatch.delenv('LOCAL_RANK', raising=False)
+    monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)
+    with pytest.raises(RuntimeError, match='2 processes were started, 1 found'):
+        make_accelerator(make_config(fifty_steps(tmp_path)), tmp_path/'run', cpu=False)
 
 
 @pytest.mark.slow
