@@ -32,7 +32,8 @@ class TrainConfig:
     milestones:tuple=(200_000, 400_000, 600_000, 800_000)  # steps at which `multistep` multiplies by `gamma`
     gamma:float=0.5                 # factor at a milestone
     warmup:int=0                    # steps of linear warm-up
-    lr_final:float=0.               # where 'cosine' ends, as a fraction of `lr`
+    lr_final:float=0.               # where 'cosine' and the cool-down end, as a fraction of `lr`
+    cooldown:int=0                  # last steps of 'constant', in which the rate falls to `lr_final`
     accumulate:int=1                # micro-batches a step
     clip:float=0.                   # largest gradient norm; 0: no clipping
     ema:float=0.                    # decay of the averaged weights; 0: none
@@ -62,7 +63,7 @@ def check_config(cfg:TrainConfig, world:int=1):
     for name in ('scale patch batch steps accumulate validate_every checkpoint_every keep log_every').split():
         value = getattr(cfg, name)
         if value < 1: raise ValueError(f'{name}: expected a whole number from 1, found {value!r}')
-    for name in ('warmup', 'workers', 'clip', 'lr_final', 'hr_patch', 'level'):
+    for name in ('warmup', 'cooldown', 'workers', 'clip', 'lr_final', 'hr_patch', 'level'):
         value = getattr(cfg, name)
         if value < 0: raise ValueError(f'{name}: expected a number from 0, found {value!r}')
     if not 0 <= cfg.ema < 1: raise ValueError(f'ema: expected a decay from 0 to below 1, found {cfg.ema!r}')
@@ -129,7 +130,9 @@ def lr_factor(
 )->float:              # factor on `cfg.lr`
     "Learning rate at `step` as a fraction of `cfg.lr`"
     if step < cfg.warmup: return (step + 1)/cfg.warmup
-    if cfg.schedule == 'constant': return 1.
+    if cfg.schedule == 'constant':
+        left = (cfg.steps - step)/cfg.cooldown if step > cfg.steps - cfg.cooldown else 1.
+        return cfg.lr_final + (1 - cfg.lr_final)*max(0., left)
     if cfg.schedule == 'multistep': return cfg.gamma**sum(step >= m for m in cfg.milestones)
     t = min(1., (step - cfg.warmup)/max(1, cfg.steps - cfg.warmup))
     return cfg.lr_final + (1 - cfg.lr_final)*(1 + math.cos(math.pi*t))/2
@@ -155,10 +158,14 @@ MAY_CHANGE = {'steps', 'data_root', 'workers', 'validation', 'validate_every', '
 def check_same_run(
     old:dict,          # settings the checkpoint was made with; what it lacks had the default
     cfg:TrainConfig,   # settings now
+    done:int=0,        # steps done
 ):
     "Raise `ValueError` naming the first setting that would make the resumed run another run"
     new, default = [json.loads(json.dumps(asdict(c))) for c in (cfg, TrainConfig())]
     may = MAY_CHANGE - ({'steps'} if cfg.schedule == 'cosine' else set())
+    if cfg.schedule == 'constant' and done <= min(c['steps'] - c['cooldown'] for c in ({**default, **old}, new)):
+        may |= {'cooldown'}                            # not begun yet: its length and place are still free
+    elif cfg.schedule == 'constant' and (old.get('cooldown') or cfg.cooldown): may -= {'steps'}
     for k in new:
         was = old.get(k, default[k])
         if k not in may and was != new[k]:

@@ -163,8 +163,8 @@ def resume_run(
         raise ValueError(f"resume: expected 'auto' or 'never', found {resume!r}")
     recipe, last = t.out/'config.json', agreed_checkpoint(t.acc, t.out) if resume == 'auto' else None
     if last:
-        check_same_run(json.loads(recipe.read_text()), t.cfg)
         t.acc.load_state(str(last))
+        check_same_run(json.loads(recipe.read_text()), t.cfg, t.progress.step)
     t.acc.wait_for_everyone()
     if t.acc.is_main_process:
         t.out.mkdir(parents=True, exist_ok=True)

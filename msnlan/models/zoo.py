@@ -25,7 +25,11 @@ from .panet import PANet
 
 # %% ../../nbs/models/zoo.ipynb #f8b2b547
 SYSTEMS = {c.system:c for c in (MSNLAN, CSNLN, PANet, HSPAN, MLRN)}
-VARIANTS = {'msnlan-tiny': ('msnlan', dict(n_feats=24, n_resgroups=4, n_resblocks=2, rgb_range=255))}
+VARIANTS = {'msnlan-tiny': ('msnlan', dict(n_feats=24, n_resgroups=4, n_resblocks=2, rgb_range=255)),
+            'csnln-tiny': ('csnln', dict(n_feats=32, depth=2)),
+            'panet-tiny': ('panet', dict(n_feats=32, n_resblocks=10)),
+            'hspan-tiny': ('hspan', dict(n_feats=32, n_resgroups=2, n_resblocks=3)),
+            'mlrn-tiny': ('mlrn', dict(n_feats=40, n_modules=3))}
 
 # %% ../../nbs/models/zoo.ipynb #1d0c4ab9
 def weights_folder()->Path:
