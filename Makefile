@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 # the attention's inner loops, compiled once here rather than in the first run
-COMPILE := import torch; from msnlan.attention import patch_attention as f; \
+COMPILE := import torch; from msnlan.attention.operator import patch_attention as f; \
            x = torch.rand(1, 4, 24, 24, requires_grad=True); f(x, x, x).sum().backward()
 
 .PHONY: help setup reproduce test test-all browser lab bench readme notebooks lock clean

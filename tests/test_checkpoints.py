@@ -3,9 +3,9 @@ import errno, json, multiprocessing, os, random, resource, shutil, signal, subpr
 from pathlib import Path
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
-from msnlan.checkpointing import checkpoints, last_checkpoint
+from msnlan.training.checkpointing import checkpoints, last_checkpoint
 from msnlan.images import imwrite
-from msnlan.training import Trainer, fit, make_config, train
+from msnlan.training.trainer import Trainer, fit, make_config, train
 
 
 def small_run(folder, **changes):
@@ -33,7 +33,7 @@ def in_child(settings, out, answer=None, limit=None):
 def forks():
     "Processes that start with everything imported"
     ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['msnlan.training'])
+    ctx.set_forkserver_preload(['msnlan.training.trainer'])
     return ctx
 
 
@@ -193,7 +193,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     t = Trainer(make_config(small_run(tmp_path, validation=[])), tmp_path/'run', cpu=True, quiet=True)
     fit(t)
     with torch.no_grad(): t.net.head.weight[0] = float('inf')
-    from msnlan.training import save_run
+    from msnlan.training.trainer import save_run
     with pytest.raises(FloatingPointError, match='head.weight is not finite'): save_run(t)
 
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from conftest import ABSENT
 from test_golden_networks import BLOCK_CASES, Attend, build, read
-from msnlan.correlation import attention_layers, correlation_maps, record, record_attention
+from msnlan.correlation.recording import attention_layers, correlation_maps, record, record_attention
 from msnlan.images import to_tensor
-from msnlan.layers import Embedding, PatchAttention
+from msnlan.models.layers import Embedding, PatchAttention
 from msnlan.models import csnln, hspan, mlrn, msnlan, panet
 from msnlan.models.zoo import create_model
 

@@ -2,8 +2,8 @@
 import time, warnings
 import numpy as np, pytest, torch
 from torch.utils.data import DataLoader
-from msnlan.datasets import PatchDataset, Picture, dihedral, list_pictures, load_dataset, patch_tensor, planes
-from msnlan.registry import find_dataset, find_root
+from msnlan.data.patches import PatchDataset, Picture, dihedral, list_pictures, load_dataset, patch_tensor, planes
+from msnlan.data.registry import find_dataset, find_root
 from msnlan.images import imread, imresize, imwrite, modcrop
 
 RNG = np.random.default_rng(0)

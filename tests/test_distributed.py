@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 import numpy as np, pytest, torch
 from conftest import ROOT
 from test_checkpoints import assert_same_bits, small_run
-from msnlan.training import launch, make_accelerator, make_config, train
+from msnlan.training.trainer import launch, make_accelerator, make_config, train
 
 
 def two_processes(settings, out, folder, *more):

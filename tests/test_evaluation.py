@@ -2,9 +2,9 @@
 import warnings
 import numpy as np, pandas as pd, pytest, torch
 from torch import nn
-from msnlan.datasets import Picture, load_dataset
+from msnlan.data.patches import Picture, load_dataset
 from msnlan.degradations import cached_bicubic, noise, seed_of
-from msnlan.evaluation import as_model, bootstrap, compare, evaluate, perceptual_distance, score_folder, summarise
+from msnlan.evaluation.scores import as_model, bootstrap, compare, evaluate, perceptual_distance, score_folder, summarise
 from msnlan.images import imwrite
 from msnlan.models.zoo import create_model
 
@@ -160,7 +160,7 @@ def test_low_resolution_from_the_cache(tmp_path, data_root):
 
 def test_more_columns(monkeypatch):
     "Distances beside the scores, here a stand-in that needs no features"
-    monkeypatch.setattr('msnlan.evaluation.perceptual_distance', lambda sr, hr, metric: float(np.abs(sr*1. - hr).mean()))
+    monkeypatch.setattr('msnlan.evaluation.scores.perceptual_distance', lambda sr, hr, metric: float(np.abs(sr*1. - hr).mean()))
     t = evaluate('bicubic', PICS, scale=2, perceptual=['lpips'], progress=False)
     s = summarise(t).iloc[0]
     assert (t.lpips > 0).all() and s.lpips == pytest.approx(t.lpips.mean()) and s.lpips_low <= s.lpips <= s.lpips_high

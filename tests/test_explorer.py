@@ -4,8 +4,8 @@ from importlib.resources import files
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from msnlan.correlation import correlation_maps
-from msnlan.explorer import SUFFIX, UNTRAINED, Desk, Explorer, Shared, model_names, serve
+from msnlan.correlation.recording import correlation_maps
+from msnlan.correlation.explorer import SUFFIX, UNTRAINED, Desk, Explorer, Shared, model_names, serve
 from msnlan.models.zoo import create_model, save_weights
 
 SMALL = 'msnlan' + SUFFIX
@@ -156,7 +156,7 @@ def test_mistakes_in_python_are_errors():
 
 
 def test_browser_side_reads_traits_that_exist():
-    code = (files('msnlan')/'static/explorer.js').read_text()
+    code = (files('msnlan.correlation')/'static/explorer.js').read_text()
     names = set(re.findall(r'(?:this\.ask|\bset|this\.set|model\.get)\("(\w+)"', code))
     names |= set(re.findall(r'"(\w+)"', re.search(r'const names = \[(.*?)\]', code, re.S)[1]))
     shared = {n for n, t in Shared.class_traits(sync=True).items() if not n.startswith('_')}
@@ -164,12 +164,12 @@ def test_browser_side_reads_traits_that_exist():
 
 
 def test_nothing_on_the_page_comes_from_elsewhere():
-    for f in (files('msnlan')/'static').iterdir():
+    for f in (files('msnlan.correlation')/'static').iterdir():
         if f.is_file(): assert not re.search(r'https?:|//cdn|@import|url\(', f.read_text()), f.name
 
 
 def test_page_without_voila(monkeypatch):
-    monkeypatch.setattr('msnlan.explorer.find_spec', lambda name: None)
+    monkeypatch.setattr('msnlan.correlation.explorer.find_spec', lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'msnlan\[explore\]'"): serve()
 
 

@@ -3,11 +3,11 @@ import hashlib, io, threading, zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from msnlan import fetching, registry
-from msnlan.datasets import load_dataset
-from msnlan.fetching import data_table, fetch, set_files, verify
+from msnlan.data import fetching, registry
+from msnlan.data.patches import load_dataset
+from msnlan.data.fetching import data_table, fetch, set_files, verify
 from msnlan.images import imread, imwrite
-from msnlan.registry import SetInfo, set_info
+from msnlan.data.registry import SetInfo, set_info
 
 RNG = np.random.default_rng(0)
 

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from conftest import ROOT
-from msnlan import drawing, figures
-from msnlan.correlation import plot_maps, record
+from msnlan.correlation import drawing, figures
+from msnlan.correlation.recording import plot_maps, record
 from test_correlation import SMALL, noise, small
 
 

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from conftest import ABSENT, SHARED
-from msnlan.attention import attention_map, sparsemax
-from msnlan.layers import ChannelAttention, PatchAttention
+from msnlan.attention.operator import attention_map, sparsemax
+from msnlan.models.layers import ChannelAttention, PatchAttention
 from msnlan.models import csnln, hspan, msnlan, panet
 from msnlan.models.checkpoints import authors_names, from_authors, infer_config
 from msnlan.models.zoo import create_model, load_model

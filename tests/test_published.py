@@ -1,8 +1,8 @@
 """The tables of papers that the project keeps, and their join with what is measured."""
 from pathlib import Path
 import pandas as pd, pytest
-from msnlan.evaluation import evaluate, summarise
-from msnlan.published import join_published, read_published
+from msnlan.evaluation.scores import evaluate, summarise
+from msnlan.evaluation.published import join_published, read_published
 
 FOLDER = Path(__file__).resolve().parents[1]/'reports'/'published'
 

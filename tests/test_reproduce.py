@@ -90,7 +90,7 @@ def test_a_run_leaves_all_of_it(small):
 @pytest.mark.slow
 def test_trail_of_every_cell(project, small):
     _, folder = small
-    code = ('import json, sys\nfrom msnlan.trail import trail\nbad = [trail(c)[1] for c in json.loads(sys.argv[1])]\n'
+    code = ('import json, sys\nfrom msnlan.reproduce.trail import trail\nbad = [trail(c)[1] for c in json.loads(sys.argv[1])]\n'
             'assert not any(bad), bad\nprint(len(bad))')
     cells = [f"{folder}/tables/{t}[{i},{j}]" for t, n, m in (('scores_cnn.csv', 1, 2), ('per_picture.csv', 2, 3)) for i in range(1, n + 1)
              for j in range(1, m + 1)]

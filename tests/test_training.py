@@ -4,12 +4,12 @@ from functools import partial
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
 from test_checkpoints import assert_same_bits, small_run
-from msnlan.datasets import make_pairs
+from msnlan.data.patches import make_pairs
 from msnlan.models.zoo import create_model
-from msnlan.pairs import mapped_pairs
-from msnlan.recipes import list_recipes, load_recipe
-from msnlan.registry import Picture
-from msnlan.training import LiveCurves, Trainer, fit, make_config, train
+from msnlan.data.pairs import mapped_pairs
+from msnlan.training.recipes import list_recipes, load_recipe
+from msnlan.data.registry import Picture
+from msnlan.training.trainer import LiveCurves, Trainer, fit, make_config, train
 
 
 def losses(settings, out, **kw):
@@ -83,7 +83,7 @@ def map_pictures(folder, answer):
 
 def test_processes_share_one_file_of_pictures(tmp_path):
     ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['msnlan.training'])
+    ctx.set_forkserver_preload(['msnlan.training.trainer'])
     ends = [ctx.Pipe() for _ in range(3)]
     runs = [ctx.Process(target=map_pictures, args=(tmp_path, there)) for _, there in ends]
     for r in runs: r.start()

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import ROOT
-from msnlan.datasets import PatchDataset, Picture
+from msnlan.data.patches import PatchDataset, Picture
 from msnlan.degradations import degrade
 from msnlan.inference import predict
 from msnlan.models.cards import kept_scores, model_card
