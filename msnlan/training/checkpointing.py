@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['flush', 'seal', 'is_whole', 'checkpoints', 'last_checkpoint', 'agreed_checkpoint', 'clear_partial', 'is_full',
            'not_written', 'save_checkpoint', 'check_finite', 'catch_signals', 'leave_signals', 'Progress',
-           'weights_digest', 'start_from']
+           'weights_digest', 'start_from', 'weights_record']
 
 # %% ../../nbs/training/01_checkpointing.ipynb #c4fe0241
 import errno, hashlib, json, os, shutil, signal, sys
@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ..basics import file_hash
@@ -148,6 +149,7 @@ class Progress:
         self.step, self.best, self.seconds = 0, None, 0.
         self.pending, self.curve, self.validation = [], [], []   # losses; (step, loss, lr); (step, dB)
         self.digests = []                                        # (step, a digest for each process)
+        self.sessions = []                                       # first step, code and machine of each start
     def state_dict(self): return dict(self.__dict__)
     def load_state_dict(self, state): self.__dict__.update(state)
 
@@ -171,3 +173,9 @@ def start_from(
                                   f'{next(iter(state))}')
     model.load_state_dict(fits, strict=False)
     return sorted(state.keys() - fits.keys())
+
+# %% ../../nbs/training/01_checkpointing.ipynb #c0de0a02
+def weights_record(path:str|Path)->dict:   # empty for a file without one
+    "The record of its training that a weights file (safetensors) carries, see `trainer.about_run`"
+    with safe_open(str(path), 'pt') as f: about = f.metadata() or {}
+    return json.loads(about.get('msnlan', '{}')).get('training', {})
