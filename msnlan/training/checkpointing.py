@@ -165,6 +165,7 @@ def weights_digest(net)->str:   # 16 hexadecimal digits
 def start_from(
     model,          # network to fill
     path:str|Path,  # weights (safetensors)
+    zero=(),        # names of parameters, or of modules, that are new and start at 0
 )->list:            # names that did not fit and stay as initialised
     "Copy every tensor of `path` whose name and shape fit: another scale starts from all but its tail"
     have, state = load_file(path), model.state_dict()
@@ -172,7 +173,13 @@ def start_from(
     if not fits: raise ValueError(f'{path}: no tensor fits {type(model).__name__}; expected names such as '
                                   f'{next(iter(state))}')
     model.load_state_dict(fits, strict=False)
-    return sorted(state.keys() - fits.keys())
+    fresh = sorted(state.keys() - fits.keys())
+    for name in zero:
+        new = [k for k in fresh if k == name or k.startswith(f'{name}.')]
+        if not new: raise ValueError(f'init_zero: {name!r} is not among the new parameters: {", ".join(fresh) or "none"}')
+        with torch.no_grad():
+            for k in new: state[k].zero_()
+    return fresh
 
 # %% ../../nbs/training/01_checkpointing.ipynb #c0de0a02
 def weights_record(path:str|Path)->dict:   # empty for a file without one

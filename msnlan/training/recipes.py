@@ -47,6 +47,7 @@ class TrainConfig:
     keep:int=2                      # checkpoints kept
     log_every:int=50                # steps a point of the loss curve averages over
     init:str|None=None              # weights to start from; another scale's tail starts fresh
+    init_zero:list=field(default_factory=list)     # parameters that then start at 0: the last layer of a new block
     level:float=0.                  # noise sigma (denoise) or JPEG quality (dejpeg)
     hr_patch:int=0                  # side of an HR patch; where given, `patch` is `hr_patch // scale`
     cache:str='memory'              # decoded pictures: 'memory' | 'disk' (mapped, user cache) | a folder

@@ -67,7 +67,7 @@ class Trainer:
         set_seed(cfg.seed)
         scale = {} if cfg.model_config.get('task', 'sr') != 'sr' else dict(scale=cfg.scale)
         self.net = create_model(cfg.model, **scale, **cfg.model_config)
-        if cfg.init: self.fresh = start_from(self.net, cfg.init)
+        if cfg.init: self.fresh = start_from(self.net, cfg.init, cfg.init_zero)
         self.net.to(acc.device)
         if cfg.channels_last: self.net.to(memory_format=torch.channels_last)
         learned = [p for p in self.net.parameters() if p.requires_grad]
