@@ -169,7 +169,7 @@ def recipe_settings(job:Job)->dict:   # name -> value; empty for a notebook with
 
 # %% ../../nbs/reproduce/03_fingerprints.ipynb #9cc8c8f4
 DATA = ('data', 'validation', 'dataset', 'datasets')    # parameters that name data sets
-WEIGHTS = ('model', 'models', 'init')                   # parameters that name weights
+WEIGHTS = ('model', 'models', 'init', 'kept')                   # parameters that name weights
 
 def used(
     job:Job,

@@ -110,6 +110,9 @@ def describe_run(run:Path, hashes:FileHashes)->tuple:   # (lines, what differs)
              f"torch {env['packages']['torch']}; python {env['python']}; lock {(env['lock'] or 'none')[:12]}",
              f"  machine            {env['cpu']}{gpus}; {env['threads']} threads; seeds {record['seeds'] or 'none'}"]
     lines += [f'  parameter          {k} = {v!r}' for k, v in record['parameters'].items()]
+    if (run/'result.json').is_file() and (kept := json.loads((run/'result.json').read_text()).get('kept')):
+        lines.append(f"  kept               trained at commit {(kept['commit'] or 'unknown')[:12]}, scored again: "
+                     f"{kept['psnr_then']} dB then, {kept['psnr_now']} dB now")
     lines += [f"  {'OK     ' if then == now else 'DIFFERS'}            {what}  {str(then)[:16]}"
               + ('' if then == now else f' -> {str(now)[:16]}') for what, then, now in checks]
     return lines, [f'{what} of {run.name}' for what, then, now in checks if then != now]
