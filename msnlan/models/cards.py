@@ -121,8 +121,7 @@ def model_card(
     training = {k:v for k,v in about.items() if k not in ('system', 'config')}
     table = lambda d: markdown_table(['setting', 'value'], setting_rows(d)) if d else 'Not recorded.'
     shipped = Path(weights).absolute().parent == weights_folder()
-    call = (f"create_model('{name.rsplit('-x', 1)[0]}', scale={model.scale}, pretrained=True)" if shipped
-            else f"load_model('{Path(weights).name}')")
+    call = f"load_model('{name if shipped else Path(weights).name}')"
     return CARD.format(name=name, call=call, scale=model.scale, task=model.task,
         what=f"{type(model).__name__}: {type(model).__doc__.split(';')[0]}",
         count=sum(p.numel() for p in model.parameters()), config=table(model.config),

@@ -108,15 +108,15 @@ def model_by_name(
     scale:int=2,   # magnification, for a name
 ):                 # network in eval mode, its label in tables, {name: hash of its weights}
     "A trained network by name or file; a file is labelled by its run's folder, a foreign one by its stem"
-    from msnlan.models.zoo import create_model, load_model, weights_folder
+    from msnlan.models.zoo import load_model, shipped_file
     if name.startswith('spandrel:'):
         from msnlan.evaluation.scores import SpandrelModel
         path = Path(name.removeprefix('spandrel:'))
         return SpandrelModel(path).eval(), path.stem, {name: file_hash(path)}
     if Path(name).suffix in ('.safetensors', '.pt', '.pth'):
         return load_model(name).eval(), Path(name).absolute().parent.name, {name: file_hash(name)}
-    net = create_model(name, scale=scale, pretrained=True).eval()
-    return net, name, {name: file_hash(weights_folder()/f'{name}-x{scale}.safetensors')}
+    path = shipped_file(name, scale)
+    return load_model(path).eval(), name, {name: file_hash(path)}
 
 # %% ../../nbs/reproduce/00_runs.ipynb #c8f4c953
 def write_result(

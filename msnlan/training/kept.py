@@ -10,7 +10,7 @@ import json, shutil
 from pathlib import Path
 
 from ..basics import file_hash, write_json
-from ..models.zoo import load_model, weights_folder
+from ..models.zoo import load_model, shipped_file
 from .checkpointing import weights_record
 from .feed import validate, validation_pairs
 from .recipes import TrainConfig
@@ -19,8 +19,8 @@ from .trainer import recipe_of
 # %% ../../nbs/training/04_kept.ipynb #4e970006
 def kept_file(name:str|Path)->Path:
     "A weights file by its path, or by the name of weights that come with the package; `FileNotFoundError` without one"
-    for path in (Path(name), weights_folder()/f'{name}.safetensors'):
-        if path.suffix == '.safetensors' and path.is_file(): return path
+    path = Path(name) if Path(name).suffix == '.safetensors' else shipped_file(str(name))
+    if path.is_file(): return path
     raise FileNotFoundError(f'kept: expected a .safetensors file or the name of shipped weights, found {str(name)!r}')
 
 # %% ../../nbs/training/04_kept.ipynb #4e970007
