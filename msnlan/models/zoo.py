@@ -22,9 +22,10 @@ from .hspan import HSPAN
 from .mlrn import MLRN
 from .msnlan import MSNLAN
 from .panet import PANet
+from .slot import SlotNet
 
 # %% ../../nbs/models/07_zoo.ipynb #f8b2b547
-SYSTEMS = {c.system:c for c in (MSNLAN, CSNLN, PANet, HSPAN, MLRN)}
+SYSTEMS = {c.system:c for c in (MSNLAN, CSNLN, PANet, HSPAN, MLRN, SlotNet)}
 VARIANTS = {'msnlan-tiny': ('msnlan', dict(n_feats=24, n_resgroups=4, n_resblocks=2, rgb_range=255)),
             'csnln-tiny': ('csnln', dict(n_feats=32, depth=2)),
             'panet-tiny': ('panet', dict(n_feats=32, n_resblocks=10)),
