@@ -13,5 +13,6 @@ _rooms = dict(
     recording=('record', 'correlation_maps', 'attention_layers', 'Features'),
     maps=('CorrelationMap',),
     figures=('figure_set',),
-    explorer=('Explorer',))
+    explorer=('Explorer',),
+    interventions=('intervened', 'contributions'))
 __getattr__, __dir__ = face('msnlan.correlation', _rooms)
