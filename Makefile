@@ -8,7 +8,7 @@ READY  := $(VENV)/.installed
 COMPILE := import torch; from msnlan.attention.operator import patch_attention as f; \
            x = torch.rand(1, 4, 24, 24, requires_grad=True); f(x, x, x).sum().backward()
 
-.PHONY: help setup reproduce test test-all browser lab bench readme notebooks lock clean
+.PHONY: help setup reproduce test test-all browser lab bench readme notebooks book lock clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -45,6 +45,12 @@ bench: $(READY)  ## time and memory of the attention operator
 
 readme: $(READY)  ## write README.md from nbs/index.ipynb
 	@$(BIN)/python tests/readme.py --write
+
+notebooks: $(READY)  ## run the reading notebooks and keep their pictures and tables
+	@$(BIN)/python nbs/_book/outputs.py
+
+book: $(READY)   ## notebooks and API as pages to read offline: _docs/book/contents.html
+	@$(BIN)/python nbs/_book/build.py
 
 lock: $(READY)  ## write requirements.lock from the environment as it is
 	@{ echo "# Exact versions of a working environment (Python 3.11, Linux); made by 'make lock', installed by 'make reproduce' and 'make test'."; \

@@ -1,0 +1,90 @@
+"""A page for every module of the package, from its source: signature, docstring, and the comment beside each argument (docments)."""
+import ast, io, tokenize
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2]/'msnlan'
+
+
+def comments(source:str)->dict:   # line -> text
+    "The comment at the end of each line"
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
+
+
+def arguments(f:ast.FunctionDef, said:dict)->list:   # of (name, type, default, meaning)
+    "What a function takes"
+    a, out = f.args, []
+    given = [None]*(len(a.args) - len(a.defaults)) + a.defaults
+    both = [*zip(a.args, given), *zip(a.kwonlyargs, a.kw_defaults)]
+    both += [(x, None) for x in (a.vararg, a.kwarg) if x]
+    last = {arg.lineno: arg for arg, _ in both}              # a line's comment is about the last argument on it
+    for arg, default in both:
+        if arg.arg in ('self', 'cls'): continue
+        mine = said.get(arg.lineno, '') if last[arg.lineno] is arg and arg.lineno != f.lineno else ''
+        out.append((arg.arg, ast.unparse(arg.annotation) if arg.annotation else '', ast.unparse(default) if default else '', mine))
+    return out
+
+
+def entry(node, said:dict, level:int=2)->list:   # lines of MyST
+    "A function or a class with its methods"
+    mark, doc = '#'*level, ast.get_docstring(node) or ''
+    kind = 'class' if isinstance(node, ast.ClassDef) else 'def'
+    lines = [f'{mark} `{kind} {node.name}`', '', doc, '']
+    f = node
+    if kind == 'class': f = next((m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == '__init__'), None)
+    rows = arguments(f, said) if f else []
+    if rows:
+        cell = lambda s: s.replace('|', r'\|').replace('\n', ' ')
+        code = lambda s: f'`{cell(s)}`' if s else ''
+        lines += ['| argument | type | default | meaning |', '| --- | --- | --- | --- |']
+        lines += [f'| `{n}` | {code(t)} | {code(d)} | {cell(m)} |' for n, t, d, m in rows] + ['']
+    if f is not None and kind == 'def' and f.returns:
+        lines += [f'Returns `{ast.unparse(f.returns)}` {said.get(f.returns.end_lineno, "") if f.returns.lineno != f.lineno else ""}', '']
+    if kind == 'class':
+        for m in node.body:
+            if isinstance(m, ast.FunctionDef) and not m.name.startswith('_') and ast.get_docstring(m):
+                lines += [f'* `{m.name}({", ".join(x[0] for x in arguments(m, said))})`: {" ".join(ast.get_docstring(m).split())}']
+        lines.append('')
+    return lines
+
+
+def page(path:Path)->str:
+    "The page of a module; empty for one that exports nothing"
+    source = path.read_text()
+    tree, said = ast.parse(source), comments(source)
+    public = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')]
+    if not public: return ''
+    name = '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts)
+    return '\n'.join([f'# {name}', '', ast.get_docstring(tree) or '', '', *(l for n in public for l in entry(n, said))])
+
+
+WINGS = ['', 'attention', 'data', 'models', 'training', 'evaluation', 'correlation', 'reproduce', 'benchmarks']
+
+def write(app):
+    "Before Sphinx reads: `api/*.md`, and the table of contents"
+    top = Path(app.srcdir)
+    if (api := top/'api').is_dir(): [p.unlink() for p in api.glob('*.md')]
+    api.mkdir(exist_ok=True)
+    names = {w: [] for w in WINGS}
+    for w in WINGS:
+        for path in sorted((PACKAGE/w).glob('*.py')):
+            if path.name.startswith('_') or not (text := page(path)): continue
+            name = '.'.join(path.relative_to(PACKAGE).with_suffix('').parts)
+            (api/f'{name}.md').write_text(text)
+            names[w].append(f'api/{name}')
+    tree = lambda caption, items, depth=1: ['```{toctree}', f':caption: {caption}', f':maxdepth: {depth}', '', *items, '```', '']
+    notebooks = lambda w: [str(p.relative_to(top).with_suffix('')) for p in sorted((top/w).glob('*.ipynb')) if p.stem != 'index']
+    lines = ['# msnlan', '', 'Single-image super-resolution with non-local attention: exact, measured, reproducible.', '',
+             *tree('Start', ['index', 'explore', *[str(p.relative_to(top).with_suffix('')) for p in sorted((top/'pages').glob('*.md'))]]),
+             *tree('Ground floor', notebooks(''))]
+    lines = [l for i, l in enumerate(lines) if not (l in ('index', 'explore') and l in lines[:i])]
+    for w in WINGS[1:]: lines += tree(w.capitalize(), [f'{w}/index', *notebooks(w)])
+    lines += tree('Experiments', notebooks('experiments'))
+    lines += tree('API', [n for w in WINGS for n in names[w]])
+    (top/'contents.md').write_text('\n'.join(lines))
+
+
+def setup(app):
+    "Sphinx calls this"
+    app.connect('builder-inited', write)
+    return dict(parallel_read_safe=True)
