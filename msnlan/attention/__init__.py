@@ -11,5 +11,5 @@ from ..basics import face
 # %% ../../nbs/attention/index.ipynb #a270b45f
 _rooms = dict(
     operator=('patch_attention', 'patch_attention_reference', 'attention_map', 'sparsemax', 'weigh',
-       'key_norm', 'diagonal_sum'))
+       'key_norm', 'diagonal_sum', 'choose'))
 __getattr__, __dir__ = face('msnlan.attention', _rooms)
