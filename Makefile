@@ -54,7 +54,7 @@ book: $(READY)   ## notebooks and API as pages to read offline: _docs/book/conte
 
 lock: $(READY)  ## write requirements.lock from the environment as it is
 	@{ echo "# Exact versions of a working environment (Python 3.11, Linux); made by 'make lock', installed by 'make reproduce' and 'make test'."; \
-	   $(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check | sed 's/+cpu//; s/ @ file:.*//'; } > requirements.lock
+	   $(BIN)/python -m pip freeze --exclude-editable --disable-pip-version-check | sed 's/+cpu//; s/ @ file:.*//; s/^triton==.*/triton>=3.6,<4; platform_system == "Linux"/'; } > requirements.lock
 
 clean:           ## what runs left behind; the environment stays
 	@rm -rf runs .pytest_cache .hypothesis

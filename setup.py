@@ -8,7 +8,7 @@ cfg = ConfigParser(delimiters=['='])
 cfg.read(HERE/'settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
 readme = HERE/'README.md'
-extras = {k: cfg[f'{k}_requirements'].split() for k in ('fast', 'explore', 'foreign', 'perceptual', 'dev')}
+extras = {k: cfg[f'{k}_requirements'].split() for k in ('fast', 'gpu', 'explore', 'foreign', 'perceptual', 'dev')}
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
