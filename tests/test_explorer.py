@@ -1,5 +1,5 @@
 """The explorer without a browser: pictures of any kind, layers of every system, speed, memory, the cell of a view."""
-import io, re, statistics, time
+import io, os, re, statistics, subprocess, sys, time
 from importlib.resources import files
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -219,3 +219,90 @@ def test_command_refuses_what_is_not_there():
     for given, text in (['nothing.png'], 'expected a picture file'), (['--model', 'edsr'], 'no weights file'):
         error = CliRunner().invoke(app, ['explore', *given]).exception
         assert isinstance(error, OSError) and text in str(error)
+
+
+# ---- seen when tried as a new user would -------------------------------------------------------------------------
+
+def ask(explorer, name, value, number, **more):
+    "What the browser sends for a choice"
+    explorer.receive(explorer, dict(kind='ask', name=name, value=value, asked=number, **more), [])
+
+
+def test_the_code_cell_takes_any_upload_name():
+    e = Explorer(picture(), SMALL)
+    for name in '0801.png', '3 dogs (1).jpg', 'class.png':
+        upload(e, name, encoded(picture()))
+        compile(e.code, 'cell', 'exec')
+        variable = re.search(r'Explorer\((\w+),', e.code)[1]
+        scope = {variable: picture(seed=4)}
+        exec(e.code.replace('Explorer(', 'again = Explorer(', 1), scope)
+        assert scope['again'].scene['pixels'] == picture(seed=4).tobytes()
+
+
+def test_a_side_beyond_the_limit_is_refused_before_the_page():
+    from typer.testing import CliRunner
+    from msnlan.cli import app
+    for side in '1000', '4', '513':
+        error = CliRunner().invoke(app, ['explore', '--side', side]).exception
+        assert isinstance(error, ValueError) and str(error) == f'side is {side}; expected 8 to 512 pixels'
+    with pytest.raises(Exception): Explorer(picture(), SMALL, side=513)
+
+
+def test_an_upload_keeps_the_other_pictures():
+    e = Explorer(picture(), SMALL)
+    upload(e, 'a.png', encoded(picture(seed=1))); upload(e, 'b.png', encoded(picture(seed=2)))
+    assert {'your picture', 'a.png', 'b.png'} <= set(e.options['pictures'])
+    for name, seed in ('your picture', 0), ('a.png', 1), ('b.png', 2):
+        e.picture = name
+        assert e.problem == '' and e.scene['pixels'] == picture(seed=seed).tobytes()
+
+
+def test_requests_are_answered_in_order_and_by_number():
+    "Choose a network, click, choose another at once: the last choice stands"
+    e = Explorer(picture(), SMALL)
+    ask(e, 'panel', dict(model='csnln' + SUFFIX), 1, index=0); assert e.answer['asked'] == 1
+    ask(e, 'point', [3, 4], 2)
+    ask(e, 'panel', dict(model='mlrn' + SUFFIX), 3, index=0)
+    assert e.panels[0]['model'] == 'mlrn' + SUFFIX and e.point == [3, 4] and e.answer['asked'] == 3
+    ask(e, 'point', [3, 4], 4); assert e.answer['asked'] == 4                 # nothing to do is an answer too
+    ask(e, 'panel', dict(model='none.pth'), 5, index=0)
+    assert 'no weights file' in e.problem and e.answer['asked'] == 5 and e.panels[0]['model'] == 'mlrn' + SUFFIX
+    ask(e, 'code', 'import os', 6); assert 'there is no' in e.problem and e.answer['asked'] == 6
+
+
+def test_untrained_networks_are_marked():
+    e = Explorer(picture(), 'msnlan-tiny-x2', against=dict(model='panet' + SUFFIX))
+    assert e.scene['untrained'] == [False, True]
+
+
+def test_numbers_are_possible():
+    "A level's keys are not compared with those of all levels; a region's query reaches its region; padding is named"
+    e = Explorer(picture(30, 26), 'panet' + SUFFIX)
+    for branch in e.scene['layers'][0][0][1]:
+        e.panels = [dict(e.panels[0], branch=branch)]
+        found = e.answer['panels'][0]
+        assert 1 <= found['effective_keys'] <= found['keys'], branch
+    e.panels = [dict(model='mlrn' + SUFFIX)]
+    assert e.answer['panels'][0]['keys'] <= 24*24
+    e.panels = [dict(model=SMALL, branch='7x7 in-scale')]
+    assert e.answer['panels'][0]['beside'] == 34*30 - 30*26 and e.answer['panels'][0]['keys'] == 34*30
+
+
+def test_terminating_the_command_ends_what_it_started(tmp_path):
+    "With a page server that only waits in the place of voila: server and folder are gone, and idle kernels would be culled"
+    (tmp_path/'voila').mkdir()
+    (tmp_path/'voila/__main__.py').write_text('import os, pathlib, sys, time\n'
+        f'pathlib.Path({str(tmp_path/"new")!r}).write_text("\\n".join([str(os.getpid()), *sys.argv[1:]]))\n'
+        f'os.rename({str(tmp_path/"new")!r}, {str(tmp_path/"started")!r})\ntime.sleep(600)\n')
+    (tmp_path/'voila/__init__.py').write_text('')
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[1])]))
+    command = subprocess.Popen([sys.executable, '-c', 'from msnlan.correlation.explorer import serve; serve(browser=False)'], env=env)
+    try:
+        end = time.monotonic() + 120
+        while not (tmp_path/'started').exists(): assert command.poll() is None and time.monotonic() < end; time.sleep(.1)
+        pid, notebook, *flags = (tmp_path/'started').read_text().splitlines()
+        assert any('cull_idle_timeout' in f for f in flags) and Path(notebook).is_file()
+        command.terminate()
+        assert command.wait(60) == 0 and not Path(notebook).parent.exists()
+        with pytest.raises(ProcessLookupError): os.kill(int(pid), 0)
+    finally: command.kill()

@@ -6,10 +6,14 @@
 __all__ = ['showing', 'Grid', 'Match', 'Weights', 'CorrelationMap', 'numbers']
 
 # %% ../../nbs/correlation/00_maps.ipynb #1c6157aa
+import io
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+
+from ..basics import write_bytes
 
 # %% ../../nbs/correlation/00_maps.ipynb #7d86bcf9
 def showing(
@@ -110,14 +114,22 @@ class Weights:
         return np.stack([m.sum((1, 2)) for m in self.levels], 1)
 
     @property
+    def parts(self)->np.ndarray:
+        "The weights divided by their sum, (points, all keys); all alike where the sum is 0"
+        total = self.weights.sum(1, keepdims=True)
+        even = np.full_like(self.weights, 1/self.weights.shape[1])
+        return np.divide(self.weights, total, out=even, where=total > 0)
+
+    @property
     def entropy(self)->np.ndarray:
-        "Entropy of the weights in nats, (points,)"
-        return -(self.weights*np.log(np.where(self.weights > 0, self.weights, 1))).sum(1)
+        "Entropy of the weights, as parts of their sum, in nats, (points,)"
+        parts = self.parts
+        return -(parts*np.log(np.where(parts > 0, parts, 1))).sum(1)
 
     @property
     def effective_keys(self)->np.ndarray:
         "exp of the entropy, (points,): how many keys would share the weight evenly"
-        return np.exp(self.entropy)
+        return np.clip(np.exp(self.entropy), 1, (self.parts > 0).sum(1))
 
     @property
     def distance(self)->np.ndarray:
@@ -127,7 +139,8 @@ class Weights:
         for m, grid in zip(self.levels, self.keys):
             rows, columns = grid.centres()
             total = total + (m*np.hypot(rows[:, None] - y, columns - x)).sum((1, 2))
-        return total
+        sums = self.weights.sum(1)
+        return np.divide(total, sums, out=np.zeros_like(sums), where=sums > 0)
 
 # %% ../../nbs/correlation/00_maps.ipynb #844ec38d
 @dataclass
@@ -142,11 +155,30 @@ class CorrelationMap(Weights):
     keys:list            # of `Grid`: where the keys lie, one a level
     size:tuple           # (height, width) of the picture
     kind:str='in-scale'  # 'in-scale', 'cross-scale', 'pyramid' or 'region'
+    quantity:str='match' # 'match': the layer's weights; 'mixture': what the output pixel is made of
+    reach:np.ndarray|None=None  # (points,): keys that a query compares itself with; none: all
 
     @property
     def query_grid(self)->tuple:
         "(rows, columns) of queries"
         return self.query.shape
+
+    @property
+    def compared(self)->np.ndarray:
+        "How many keys each point's query is compared with, (points,); in a region fewer than there are"
+        return np.full(len(self.points), self.weights.shape[1]) if self.reach is None else self.reach
+
+    @property
+    def beside(self)->int:
+        "How many keys have their centre beside the picture, in a layer's padding"
+        inside = [math.prod(int(((at > 0) & (at < n)).sum()) for at, n in zip(k.centres(), self.size))
+                  for k in self.keys]
+        return sum(k.rows*k.columns - n for k, n in zip(self.keys, inside))
+
+    @property
+    def side(self)->int:
+        "Cells along what a box shows: the patch of a match, one cell of a mixture"
+        return self.patch if self.quantity == 'match' else 1
 
     @property
     def cells(self)->list:
@@ -155,7 +187,7 @@ class CorrelationMap(Weights):
 
     def query_box(self, point:int=0)->tuple:
         "The query's patch as (top, left, height, width)"
-        return self.query.box(*self.cells[point], self.patch)
+        return self.query.box(*self.cells[point], self.side)
 
     def match(self, point:int, i:int)->Match:
         "Key number `i` of a point, with its place"
@@ -163,7 +195,7 @@ class CorrelationMap(Weights):
         level = int(np.searchsorted(ends, i, 'right'))
         grid = self.keys[level]
         row, column = divmod(int(i - ends[level]) + grid.rows*grid.columns, grid.columns)
-        return Match(float(self.weights[point, i]), row, column, level, *grid.box(row, column, self.patch))
+        return Match(float(self.weights[point, i]), row, column, level, *grid.box(row, column, self.side))
 
     def matches(self, point:int=0, n:int=3, apart:float=0.)->list:
         "The `n` keys of largest weight above 0 as `Match`, centres at least `apart` pixels from each other"
@@ -187,6 +219,17 @@ class CorrelationMap(Weights):
         shown = [(m, *grid.show(height, width, self.size)) for m, grid in zip(self.levels, self.keys)]
         return sum(rows@m@columns.T for m, rows, columns in shown)
 
+    def save(self, path)->Path:
+        "Everything as .npz: weights a level, the keys' centres and the queries' boxes in picture coordinates"
+        arrays = dict(points=np.array(self.points, float), size=np.array(self.size), layer=self.layer,
+                      call=self.call, kind=self.kind, quantity=self.quantity, patch=self.patch,
+                      query_boxes=np.array([self.query_box(i) for i in range(len(self.points))]))
+        for i, (m, grid) in enumerate(zip(self.levels, self.keys)):
+            arrays |= {f'weights_{i}': m, f'rows_{i}': grid.centres()[0], f'columns_{i}': grid.centres()[1]}
+        held = io.BytesIO()
+        np.savez_compressed(held, **arrays)
+        return write_bytes(path, held.getvalue())
+
 # %% ../../nbs/correlation/00_maps.ipynb #b89807c8
 def numbers(
     m:CorrelationMap,  # a map
@@ -195,8 +238,9 @@ def numbers(
 )->dict:               # JSON-able
     "Entropy (nats), effective keys, mean distance (pixels), weight by level and best matches of one point"
     found = [dict(weight=f.weight, level=f.level, box=list(f.box)) for f in m.matches(point, n)]
-    m = replace(m, points=m.points[point:point+1], weights=m.weights[point:point+1])
-    return dict(layer=m.layer, call=m.call, kind=m.kind, patch=m.patch, keys=m.weights.shape[1],
+    reach = None if m.reach is None else m.reach[point:point+1]
+    m = replace(m, points=m.points[point:point+1], weights=m.weights[point:point+1], reach=reach)
+    return dict(layer=m.layer, call=m.call, kind=m.kind, patch=m.patch, keys=int(m.compared[0]),
                 entropy=float(m.entropy[0]), effective_keys=float(m.effective_keys[0]),
                 distance=float(m.distance[0]), largest=float(m.weights.max()),
                 shares=m.shares[0].tolist(), matches=found)

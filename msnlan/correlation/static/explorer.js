@@ -2,6 +2,7 @@
 // maps and numbers (`answer`); everything here draws them and sets the traits that say what is on show.
 
 const RANKS = ["#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00", "#FFFFFF"];  // Okabe and Ito
+const DECADES = 4;         // that a logarithmic scale shows by itself, at most
 const SCALES = [[0, "linear"], [-1, "logarithmic"], ...[2, 4, 8, 16, 32].map((n) => [n, `logarithmic, ${n} decades`])];
 const TALLEST = 600;       // of a picture that fits, screen pixels
 const LARGEST = 4096;      // side of a zoomed picture, screen pixels
@@ -45,9 +46,9 @@ function raster([height, width], colour) {
   const canvas = make("canvas", { width, height });
   const context = canvas.getContext("2d"), image = context.createImageData(width, height);
   for (let i = 0; i < width * height; i++) {
-    const [table, at] = colour(i);
+    const [table, at, alpha = 255] = colour(i);
     image.data[4 * i] = table[at]; image.data[4 * i + 1] = table[at + 1]; image.data[4 * i + 2] = table[at + 2];
-    image.data[4 * i + 3] = 255;
+    image.data[4 * i + 3] = alpha;
   }
   context.putImageData(image, 0, 0);
   return canvas;
@@ -55,10 +56,10 @@ function raster([height, width], colour) {
 
 const photograph = (scene) => { const p = bytes(scene.pixels); return raster(scene.size, (i) => [p, 3 * i]); };
 
-function span(map, most, decades) {   // decades that the colours stand for; automatic: the larger half of the weights
+function span(map, most, decades) {   // decades that the colours stand for; automatic: the larger half of the weights above 0
   if (decades >= 0) return decades;
-  const low = Float32Array.from(map).sort()[Math.floor(map.length / 2)];
-  return clamp(Math.ceil(Math.log10(most / low)) || 1, 1, 32);
+  const above = map.filter((w) => w > 0).sort(), low = above.length ? above[Math.floor(above.length / 2)] : most;
+  return clamp(Math.ceil(Math.log10(most / low)) || 1, 1, DECADES);
 }
 
 function level(weight, most, decades) {   // 0 ... 255: which colour shows a weight
@@ -67,7 +68,14 @@ function level(weight, most, decades) {   // 0 ... 255: which colour shows a wei
   return Math.round(255 * clamp(share, 0, 1));
 }
 
-const heat = (size, map, most, table, decades) => raster(size, (i) => [table, 3 * level(map[i], most, decades)]);
+function heat(size, map, most, table, decades) {   // the smaller the weight, the more of the picture is seen; 0 hides nothing
+  return raster(size, (i) => {
+    const at = level(map[i], most, decades);
+    return [table, 3 * at, map[i] > 0 ? Math.round(255 * Math.sqrt(at / 255)) : 0];
+  });
+}
+
+const largestOf = (map) => map.reduce((most, w) => Math.max(most, w), 0);
 
 function outline(context, [top, left, height, width], colour, z, line = 2) {
   for (const [style, thick] of [["#000", line + 2], [colour, line]]) {
@@ -100,11 +108,21 @@ function paint(context, show, z) {   // a panel's picture at z screen pixels a p
   context.globalAlpha = show.opacity;
   context.drawImage(show.heat, 0, 0, width * z, height * z);
   context.globalAlpha = 1;
-  show.matches.forEach((m, i) => outline(context, m.box, RANKS[i], z, m.weight < 0.01 * show.most ? 1 : 2));
+  show.matches.forEach((m, i) => outline(context, m.box, RANKS[i], z, m.weight < 0.01 * show.largest ? 1 : 2));
   show.matches.forEach((m, i) => tag(context, i + 1, clamp(m.box[1] * z + 2, 0, width * z - 12),
     clamp(m.box[0] * z - 2, 12, height * z), RANKS[i]));
   outline(context, show.query, "#FFF", z, 1);
   cross(context, show.point, z);
+  if (show.untrained) banner(context, "UNTRAINED: random weights", width * z);
+}
+
+function banner(context, text, width) {   // what no reader of the picture may miss
+  context.save();
+  const size = clamp(width / 18, 9, 16);
+  context.font = `bold ${size}px sans-serif`; context.textBaseline = "middle";
+  context.fillStyle = "rgba(0, 0, 0, 0.75)"; context.fillRect(0, 0, width, 1.6 * size);
+  context.fillStyle = "#FFF"; context.fillText(text, 0.4 * size, 0.85 * size, width - 0.8 * size);
+  context.restore();
 }
 
 function enlarge(context, show, box, colour, side, x0 = 0, y0 = 0) {   // a patch with what lies around it
@@ -131,8 +149,9 @@ function legend(context, table, width, height, x0 = 0, y0 = 0) {
 const ends = (show) => [show.decades ? `\u2264 ${number(show.most / 10 ** show.decades)}` : "0", `weight ${number(show.most)}`];
 
 const facts = (show) => [
-  ["Largest weight", number(show.most)],
+  ["Largest weight of a key", number(show.largest)],
   ["Effective keys", `${number(show.effective_keys)} of ${show.keys}`],
+  ...(show.beside ? [["Keys in the padding", String(show.beside)]] : []),
   ["Entropy", `${number(show.entropy)} nats`],
   ["Mean distance", `${number(show.distance)} px`],
   ...(show.share < 0.9995 ? [["Share of this level", percent(show.share)]] : []),
@@ -154,7 +173,7 @@ class Panel {
       make("button", { type: "button", textContent: "Open", onclick: () => this.open() }));
     this.canvas = make("canvas", { tabIndex: 0, role: "application", className: "mx-picture",
       onkeydown: (e) => app.key(e), onpointerdown: (e) => this.point(e, true), onpointermove: (e) => this.point(e, false),
-      onpointerleave: () => { this.under.textContent = "\u00a0"; } });
+      onpointerleave: () => { this.hover = null; this.readout(); } });
     this.stage = make("div", { className: "mx-stage" }, this.canvas);
     this.bar = make("canvas", { width: 160, height: 10, className: "mx-bar", role: "img", "aria-label": "colours of the weights" });
     this.low = make("span"); this.high = make("span");
@@ -187,10 +206,16 @@ class Panel {
 
   point(event, pressed) {
     if (!this.show) return;
-    const at = this.position(event);
-    this.under.textContent = `row ${at[0]}, column ${at[1]}: weight ${number(this.map[at[0] * this.show.size[1] + at[1]])}`;
+    const at = this.hover = this.position(event);
+    this.readout();
     if (pressed) this.canvas.setPointerCapture(event.pointerId);
     if (pressed || event.buttons & 1 || this.app.follow.checked) this.app.look(at, pressed);
+  }
+
+  readout() {   // the weight under the pointer, of the map that is on show
+    const at = this.hover, [height, width] = this.show.size;
+    const there = at && at[0] < height && at[1] < width;
+    this.under.textContent = there ? `row ${at[0]}, column ${at[1]}: weight ${number(this.map[at[0] * width + at[1]])}` : "\u00a0";
   }
 
   update(state) {
@@ -203,12 +228,13 @@ class Panel {
     const { map, largest, ...found } = state.answer.panels[this.index];
     this.map = floats(map);
     this.table = bytes(options.palettes[state.palette]);
-    this.show = { ...found, most: largest, size: scene.size, picture: state.photograph, point: state.point,
-      opacity: state.opacity, decades: span(this.map, largest, state.decades), title: `${panel.model}, ${panel.layer}, ${panel.branch}` };
-    this.show.heat = heat(scene.size, this.map, largest, this.table, this.show.decades);
+    const most = largestOf(this.map);
+    this.show = { ...found, largest, most, size: scene.size, picture: state.photograph, point: state.point,
+      opacity: state.opacity, untrained: scene.untrained[this.index], decades: span(this.map, most, state.decades), title: `${panel.model}, ${panel.layer}, ${panel.branch}` };
+    this.show.heat = heat(scene.size, this.map, most, this.table, this.show.decades);
     this.canvas.setAttribute("aria-label", `Map of ${this.show.title} for row ${state.point[0]}, column ${state.point[1]}. ` +
       "Arrow keys move the pixel, with Shift by ten; plus, minus and zero zoom.");
-    this.list(); this.draw();
+    this.list(); this.draw(); this.readout();
   }
 
   fitting() {   // screen pixels a pixel, so that all is seen
@@ -290,13 +316,13 @@ function exported(panels, state) {
 
 class App {
   constructor(model, el) {
-    Object.assign(this, { model, waiting: false, next: null });
+    Object.assign(this, { model, asked: 0, aim: null, next: null });
     const set = (name, value) => this.set(name, value);
     const button = (text, label, act) => make("button", { type: "button", textContent: text, "aria-label": label, title: label, onclick: act });
     const coordinate = (axis) => make("input", { type: "number", min: 0, onchange: (e) => {
       const point = [...this.state.point]; point[axis] = Number(e.target.value); this.look(point, true); } });
     this.pictures = make("select", { onchange: (e) => this.ask("picture", e.target.value) });
-    this.upload = make("input", { type: "file", accept: "image/*", hidden: true, onchange: (e) => { this.send(e.target.files[0]); e.target.value = ""; } });
+    this.upload = make("input", { type: "file", accept: "image/*", hidden: true, onchange: (e) => { this.take(e.target.files[0]); e.target.value = ""; } });
     this.sides = make("select", { onchange: (e) => this.ask("side", Number(e.target.value)) });
     this.row = coordinate(0); this.column = coordinate(1);
     this.compare = make("input", { type: "checkbox", onchange: () => this.toggle() });
@@ -333,6 +359,8 @@ class App {
 
   get state() { return this.current; }
 
+  get waiting() { return this.asked > (this.model.get("answer").asked || 0); }
+
   listen() {
     const names = ["picture", "side", "point", "panels", "matches", "opacity", "palette", "decades", "zoom", "options",
       "answer", "problem", "busy", "code", "scene"];
@@ -346,7 +374,7 @@ class App {
   }
 
   changed(name) {
-    if (name === "answer") this.waiting = false;
+    if (name === "answer" && !this.waiting) this.aim = null;
     if (name === "busy" || name === "problem") return this.say();
     if (!this.due) this.due = requestAnimationFrame(() => { this.due = 0; this.update(); });
   }
@@ -385,10 +413,14 @@ class App {
 
   set(name, value) { this.model.set(name, value); this.model.save_changes(); }
 
-  ask(name, value) {   // what the kernel must answer
-    if (this.model.get(name) === value) return;
-    this.waiting = true;
-    this.set(name, value);
+  ask(name, value) {   // what the kernel must answer: as a message, in order, so that no answer to an earlier one replaces it
+    if (!this.waiting && this.model.get(name) === value) return;
+    this.send({ kind: "ask", name, value });
+  }
+
+  send(content, buffers) {
+    this.asked = Math.max(this.asked, this.model.get("answer").asked || 0) + 1;
+    this.model.send({ ...content, asked: this.asked }, undefined, buffers);
     setTimeout(() => { if (this.waiting) this.say(); }, 300);
   }
 
@@ -397,12 +429,14 @@ class App {
     const at = [clamp(Math.round(point[0]) || 0, 0, height - 1), clamp(Math.round(point[1]) || 0, 0, width - 1)];
     if (this.waiting && !now) { this.next = at; return; }
     this.next = null;
-    const [row, column] = this.model.get("point");
-    if (at[0] !== row || at[1] !== column) this.ask("point", at);
+    const [row, column] = this.aim || this.model.get("point");
+    if (at[0] === row && at[1] === column) return;
+    this.aim = at;
+    this.ask("point", at);
   }
 
   key(event) {
-    const step = event.shiftKey ? 10 : 1, [row, column] = this.next || this.model.get("point");
+    const step = event.shiftKey ? 10 : 1, [row, column] = this.next || this.aim || this.model.get("point");
     const moves = { ArrowUp: [-step, 0], ArrowDown: [step, 0], ArrowLeft: [0, -step], ArrowRight: [0, step] };
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (moves[event.key]) this.look([row + moves[event.key][0], column + moves[event.key][1]]);
@@ -418,7 +452,7 @@ class App {
     this.set("zoom", clamp(step > 0 ? Math.floor(z) + 1 : Math.ceil(z) - 1, 1, most));
   }
 
-  panel(index, change) { this.ask("panels", this.state.panels.map((p, i) => (i === index ? { ...p, ...change } : p))); }
+  panel(index, change) { this.send({ kind: "ask", name: "panel", index, value: change }); }
 
   toggle() {
     const [first] = this.state.panels, layers = this.state.scene.layers[0];
@@ -427,14 +461,13 @@ class App {
     this.ask("panels", this.compare.checked ? [first, other] : [first]);
   }
 
-  async send(file) {
+  async take(file) {
     if (!file) return;
     const parts = Math.max(1, Math.ceil(file.size / PART));
     if (file.size > 200 * 2 ** 20) { this.problem.textContent = `${file.name} has more than 200 MB`; this.problem.hidden = false; return; }
-    this.waiting = true; this.say();
     for (let part = 0; part < parts; part++) {
       const buffer = await file.slice(part * PART, (part + 1) * PART).arrayBuffer();
-      this.model.send({ kind: "upload", name: file.name, part, parts }, undefined, [buffer]);
+      this.send({ kind: "upload", name: file.name, part, parts }, [buffer]);
     }
   }
 
