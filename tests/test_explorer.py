@@ -306,3 +306,16 @@ def test_terminating_the_command_ends_what_it_started(tmp_path):
         assert command.wait(60) == 0 and not Path(notebook).parent.exists()
         with pytest.raises(ProcessLookupError): os.kill(int(pid), 0)
     finally: command.kill()
+
+
+def test_the_mixture_can_be_chosen():
+    "What the output pixel is made of, by the browser's request and in the cell of the view"
+    e = Explorer(picture(), SMALL, point=(3, 17))
+    (m,) = e.features[0].maps([(3, 17)], 0, quantity='mixture')
+    match = shown(e).copy()
+    ask(e, 'quantity', 'mixture', 1)
+    np.testing.assert_allclose(shown(e), m.on_picture()[0], rtol=1e-5, atol=1e-7)
+    assert np.abs(shown(e) - match).max() > 1e-3 and e.answer['panels'][0]['query'] == [3, 17, 1, 1]
+    assert e.answer['panels'][0]['share'] == pytest.approx(m.weights.sum()) and "quantity='mixture'" in e.code
+    ask(e, 'quantity', 'mood', 2)
+    assert e.problem and e.quantity == 'mixture' and e.answer['asked'] == 2

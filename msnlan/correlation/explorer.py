@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from traitlets import Dict, Enum, Float, Int, List, Unicode, observe
 
-from .recording import Features, as_picture, hooked, record
+from .recording import QUANTITIES, Features, as_picture, hooked, record
 from ..images import imread, imresize
 from ..models.layers import PatchAttention
 from .maps import CorrelationMap
@@ -138,10 +138,11 @@ def answer(
     level:int|None,    # of a pyramid; none: all
     point:tuple,       # pixel (row, column)
     n:int=5,           # how many matched patches
+    quantity:str='match', # or 'mixture': what the output pixel is made of
 )->dict:               # 'map': float32 bytes (H, W), and numbers
     "What a pixel attends to, ready to be drawn"
     start = time.perf_counter()
-    whole, = features.maps([tuple(point)], call)
+    whole, = features.maps([tuple(point)], call, quantity=quantity)
     part = one_level(whole, level)
     return dict(map=part.on_picture()[0].astype('<f4').tobytes(), query=list(whole.query_box()),
                 matches=[dict(weight=m.weight, box=list(m.box)) for m in part.matches(0, n)],
@@ -242,6 +243,7 @@ class Shared(anywidget.AnyWidget):
     point = List(Int(), [0, 0]).tag(sync=True)       # the query pixel (row, column)
     panels = List(Dict(), []).tag(sync=True)         # one or two of {model, layer, branch}
     matches = Int(5, min=1, max=8).tag(sync=True)    # how many matched patches
+    quantity = Enum(QUANTITIES, 'match').tag(sync=True)  # which weights the map shows
     opacity = Float(.6, min=0, max=1).tag(sync=True) # of the map over the picture
     palette = Enum(PALETTES, 'inferno').tag(sync=True)
     decades = Int(-1, min=-1, max=38).tag(sync=True) # of a logarithmic scale; 0: linear, -1: as needed
@@ -321,7 +323,7 @@ class View(Shared):
         "The answer for the query pixel, which is moved into the picture"
         with self.changing():
             self.point = [min(max(p, 0), n - 1) for p, n in zip(self.point, self.scene['size'])]
-            found = [answer(f, *c[p['layer']][p['branch']], self.point, self.matches)
+            found = [answer(f, *c[p['layer']][p['branch']], self.point, self.matches, self.quantity)
                      for f, c, p in zip(self.features, self.choices, self.panels)]
             self.count += 1
             self.answer, self.problem = dict(count=self.count, asked=self.asked, panels=found), ''
@@ -329,7 +331,7 @@ class View(Shared):
 
     def write(self):
         "The cell that makes this view again"
-        names = 'point', 'side', 'matches', 'opacity', 'palette', 'decades', 'zoom'
+        names = 'point', 'side', 'matches', 'quantity', 'opacity', 'palette', 'decades', 'zoom'
         view = {n: getattr(self, n) for n in names}
         self.code = cell(self.picture, self.panels, view, self.desk.own)
 
@@ -353,7 +355,7 @@ class Explorer(View):
         against:dict|None=None,  # model, layer, branch of a second panel; what is missing is as in the first
         point:tuple|None=None,   # query pixel (row, column) of the reduced picture; none: the middle
         side:int=128,            # longest side of the picture that the networks see, pixels
-        **view,                  # matches, opacity, palette, decades, zoom: see `Shared`
+        **view,                  # matches, quantity, opacity, palette, decades, zoom: see `Shared`
     ):
         self.desk, self.settled, self.quiet, self.parts = Desk(), {}, True, []
         self.count = self.asked = 0                        # answers given, number of the request in hand
@@ -372,7 +374,7 @@ class Explorer(View):
     @observe('picture', 'side', 'panels')
     def _scene_changed(self, change): self.attempt(self.refresh)
 
-    @observe('point', 'matches')
+    @observe('point', 'matches', 'quantity')
     def _point_changed(self, change): self.attempt(self.look)
 
     @observe('opacity', 'palette', 'decades', 'zoom')
@@ -393,10 +395,10 @@ class Explorer(View):
             with self.changing(): self.answer = self.answer | dict(asked=self.asked)
 
     def follow(self, name:str, value, index:int=0, **_):
-        "Set what is on show: `picture`, `side`, `point`, `matches`, `panels`, or a part of one `panel`"
+        "Set a trait that the kernel answers to; for `panel` only what is given of one panel"
         if name == 'panel':
             name, value = 'panels', [p | value if i == index else p for i, p in enumerate(self.panels)]
-        if name not in ('picture', 'side', 'point', 'matches', 'panels'):
+        if name not in ('picture', 'side', 'point', 'matches', 'quantity', 'panels'):
             raise ValueError(f'there is no {name!r} to set')
         setattr(self, name, value)
 
@@ -458,8 +460,8 @@ def serve(
         if Path(settings.get(name, '')).is_file(): settings[name] = str(Path(settings[name]).absolute())
     paths = [str(files('msnlan.correlation')/'static'), os.environ.get('JUPYTER_PATH', '')]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, '-m', 'voila', str(write_page(folder, **settings)), f'--port={port}', *IDLE,
-                   '--Voila.ip=127.0.0.1', '--template=explorer', *([] if browser else ['--no-browser'])]
+        command = [sys.executable, '-m', 'voila', str(write_page(folder, **settings)), f'--port={port}',
+                   *IDLE, '--Voila.ip=127.0.0.1', '--template=explorer', *([] if browser else ['--no-browser'])]
         env = dict(os.environ, JUPYTER_PATH=os.pathsep.join(filter(None, paths)))
         with terminable(), subprocess.Popen(command, env=env) as page:
             try: ended = page.wait()

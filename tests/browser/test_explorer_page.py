@@ -200,6 +200,45 @@ def test_voila_page_answers_clicks(voila, page):
     three_clicks(Driver(page))
 
 
+def settled(page):
+    page.wait_for_function('() => document.querySelector(".msnlan-explorer").getAttribute("aria-busy") === "false"')
+    time.sleep(1.)
+
+
+@pytest.mark.slow
+def test_what_a_new_user_saw(voila, page, tmp_path):
+    "Pyramid colours do not saturate; the read-out follows the map; the last choice stands; no weight, no paint"
+    page.goto(voila, wait_until='commit')
+    driver = Driver(page)
+    model, canvas = driver.label('Model').first, driver.root.locator('.mx-picture').first
+    driver.answered(lambda: model.select_option('panet (untrained)'))
+    driver.click(14, 36)
+    pixels = page.evaluate("""() => { const c = document.querySelector('.mx-picture'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+        return Array.from({length: 4000}, (_, i) => [...d.slice(4*Math.floor(i*c.width*c.height/4000), 4*Math.floor(i*c.width*c.height/4000) + 3)].join()) }""")
+    assert max(pixels.count(p) for p in set(pixels)) < 1000, 'few pixels share a colour'
+
+    box = canvas.bounding_box()
+    canvas.hover(position=dict(x=box['width']/2, y=box['height']/2))
+    under = driver.root.locator('.mx-under').first
+    before = under.inner_text()
+    canvas.focus()
+    driver.answered(lambda: page.keyboard.press('Shift+ArrowDown'))
+    assert under.inner_text() != before and under.inner_text().split(':')[0] == before.split(':')[0], 'same place, another weight'
+
+    for column in 10, 30, 50:
+        driver.answered(lambda: model.select_option('msnlan-tiny-x2'))
+        model.select_option('csnln (untrained)'); time.sleep(.4)
+        canvas.click(position=dict(x=column, y=20))
+        model.select_option('mlrn (untrained)')
+        settled(page)
+        assert model.input_value() == 'mlrn (untrained)' and 'Map of mlrn' in canvas.get_attribute('aria-label')
+    driver.answered(lambda: model.select_option('msnlan-tiny-x2'))
+    match = driver.drawn()
+    driver.answered(lambda: driver.label('Map of').select_option('mixture'))
+    assert driver.drawn() != match and 'Sum of the mixture' in driver.root.inner_text()
+    driver.answered(lambda: driver.label('Map of').select_option('match'))
+
+
 @pytest.mark.slow
 def test_voila_page(voila, page, tmp_path):
     page.goto(voila, wait_until='commit')

@@ -2,6 +2,7 @@
 // maps and numbers (`answer`); everything here draws them and sets the traits that say what is on show.
 
 const RANKS = ["#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00", "#FFFFFF"];  // Okabe and Ito
+const QUANTITIES = { match: "match: the patch's weights", mixture: "mixture: what the pixel is made of" };
 const DECADES = 4;         // that a logarithmic scale shows by itself, at most
 const SCALES = [[0, "linear"], [-1, "logarithmic"], ...[2, 4, 8, 16, 32].map((n) => [n, `logarithmic, ${n} decades`])];
 const TALLEST = 600;       // of a picture that fits, screen pixels
@@ -154,7 +155,8 @@ const facts = (show) => [
   ...(show.beside ? [["Keys in the padding", String(show.beside)]] : []),
   ["Entropy", `${number(show.entropy)} nats`],
   ["Mean distance", `${number(show.distance)} px`],
-  ...(show.share < 0.9995 ? [["Share of this level", percent(show.share)]] : []),
+  ...(show.quantity === "mixture" ? [["Sum of the mixture", number(show.share)]]
+    : show.share < 0.9995 ? [["Share of this level", percent(show.share)]] : []),
 ];
 
 const place = ([top, left, height, width]) =>
@@ -230,10 +232,11 @@ class Panel {
     this.table = bytes(options.palettes[state.palette]);
     const most = largestOf(this.map);
     this.show = { ...found, largest, most, size: scene.size, picture: state.photograph, point: state.point,
-      opacity: state.opacity, untrained: scene.untrained[this.index], decades: span(this.map, most, state.decades), title: `${panel.model}, ${panel.layer}, ${panel.branch}` };
+      opacity: state.opacity, untrained: scene.untrained[this.index], quantity: state.quantity, decades: span(this.map, most, state.decades), title: `${panel.model}, ${panel.layer}, ${panel.branch}, ${state.quantity}` };
     this.show.heat = heat(scene.size, this.map, most, this.table, this.show.decades);
     this.canvas.setAttribute("aria-label", `Map of ${this.show.title} for row ${state.point[0]}, column ${state.point[1]}. ` +
       "Arrow keys move the pixel, with Shift by ten; plus, minus and zero zoom.");
+    this.sum = state.quantity === "mixture" ? found.share || 1 : 1;     // parts of a mixture are parts of its sum
     this.list(); this.draw(); this.readout();
   }
 
@@ -273,7 +276,7 @@ class Panel {
       return make("figure", { role: "listitem" }, canvas, make("figcaption", {}, ...captions.map((c) => make("span", {}, c))));
     };
     this.patches.replaceChildren(patch(this.show.query, "#FFFFFF", "query", place(this.show.query)),
-      ...this.show.matches.map((m, i) => patch(m.box, RANKS[i], `${i + 1}: ${percent(m.weight)}`, place(m.box))));
+      ...this.show.matches.map((m, i) => patch(m.box, RANKS[i], `${i + 1}: ${percent(m.weight / this.sum)}`, place(m.box))));
     this.numbers.replaceChildren(...[...facts(this.show), ["Answered in", `${this.show.ms.toFixed(0)} ms`]]
       .map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
   }
@@ -287,7 +290,7 @@ function exported(panels, state) {
   const canvas = make("canvas", { width: panels.length * (wide + gap) + gap, height: tall + 232 });
   const context = canvas.getContext("2d");
   context.fillStyle = "#FFF"; context.fillRect(0, 0, canvas.width, canvas.height);
-  panels.forEach(({ show, table }, i) => {
+  panels.forEach(({ show, table, sum }, i) => {
     const write = (text, x, y, font = "13px sans-serif") => {
       context.font = font; context.fillStyle = "#111"; context.textBaseline = "alphabetic"; context.fillText(text, x, y, wide);
     };
@@ -303,7 +306,7 @@ function exported(panels, state) {
     write(ends(show).join(" \u2026 "), 170, tall + 70);
     [{ box: show.query }, ...show.matches.slice(0, 6)].forEach((m, j) => {
       enlarge(context, show, m.box, j ? RANKS[j - 1] : "#FFF", patch - 4, j * patch, tall + 80);
-      write(j ? `${j}: ${percent(m.weight)}` : "query", j * patch, tall + 80 + patch + 10, "11px sans-serif");
+      write(j ? `${j}: ${percent(m.weight / sum)}` : "query", j * patch, tall + 80 + patch + 10, "11px sans-serif");
     });
     facts(show).forEach(([name, value], j) =>
       write(`${name}: ${value}`, (j % 2) * (wide / 2), tall + 80 + patch + 36 + 20 * Math.floor(j / 2)));
@@ -329,6 +332,7 @@ class App {
     this.follow = make("input", { type: "checkbox" });
     this.count = make("input", { type: "number", min: 1, max: RANKS.length,
       onchange: (e) => this.ask("matches", clamp(Math.round(Number(e.target.value)) || 1, 1, RANKS.length)) });
+    this.quantity = make("select", { onchange: (e) => this.ask("quantity", e.target.value) });
     this.palette = make("select", { onchange: (e) => set("palette", e.target.value) });
     this.opacity = make("input", { type: "range", min: 0, max: 1, step: 0.05, oninput: (e) => set("opacity", Number(e.target.value)) });
     this.scale = make("select", { onchange: (e) => set("decades", Number(e.target.value)) });
@@ -344,7 +348,7 @@ class App {
       make("div", { className: "mx-row" }, labelled("Picture", this.pictures), this.upload,
         button("Upload \u2026", "Upload a picture of your own", () => this.upload.click()), labelled("Longest side", this.sides), labelled("Row", this.row), labelled("Column", this.column),
         check("Compare two maps", this.compare), check("Follow the pointer", this.follow)),
-      make("div", { className: "mx-row" }, labelled("Colours", this.palette), labelled("Opacity of the map", this.opacity),
+      make("div", { className: "mx-row" }, labelled("Map of", this.quantity), labelled("Colours", this.palette), labelled("Opacity of the map", this.opacity),
         labelled("Scale", this.scale), labelled("Matches", this.count),
         make("div", { className: "mx-zoom", role: "group", "aria-label": "zoom" }, button("\u2212", "Zoom out", () => this.enlarge(-1)),
           this.factor, button("+", "Zoom in", () => this.enlarge(1)), button("Fit", "Fit the picture", () => set("zoom", 0))),
@@ -362,7 +366,7 @@ class App {
   get waiting() { return this.asked > (this.model.get("answer").asked || 0); }
 
   listen() {
-    const names = ["picture", "side", "point", "panels", "matches", "opacity", "palette", "decades", "zoom", "options",
+    const names = ["picture", "side", "point", "panels", "matches", "quantity", "opacity", "palette", "decades", "zoom", "options",
       "answer", "problem", "busy", "code", "scene"];
     this.read = () => Object.fromEntries(names.map((n) => [n, this.model.get(n)]));
     const pairs = names.map((n) => [`change:${n}`, () => this.changed(n)]);
@@ -396,6 +400,7 @@ class App {
     fill(this.sides, [...new Set([...options.sides, state.side])], state.side, (s) => `${s} px`);
     fill(this.scale, [...new Set([...SCALES.map((s) => s[0]), state.decades])], state.decades,
       (n) => (SCALES.find((s) => s[0] === n) || [0, `logarithmic, ${n} decades`])[1]);
+    fill(this.quantity, Object.keys(QUANTITIES), state.quantity, (n) => QUANTITIES[n]);
     fill(this.palette, Object.keys(options.palettes), state.palette);
     [this.row.value, this.column.value] = state.point;
     [this.row.max, this.column.max] = state.scene.size.map((n) => n - 1);
