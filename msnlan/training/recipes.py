@@ -165,7 +165,7 @@ def check_same_run(
     new, default = [json.loads(json.dumps(asdict(c))) for c in (cfg, TrainConfig())]
     may = MAY_CHANGE - ({'steps'} if cfg.schedule == 'cosine' else set())
     if cfg.schedule == 'constant' and done <= min(c['steps'] - c['cooldown'] for c in ({**default, **old}, new)):
-        may |= {'cooldown'}                            # not begun yet: its length and place are still free
+        may |= {'cooldown', 'lr_final'}                # not begun yet: its length and place are still free
     elif cfg.schedule == 'constant' and (old.get('cooldown') or cfg.cooldown): may -= {'steps'}
     for k in new:
         was = old.get(k, default[k])
