@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['project_root', 'notebook_path', 'declared', 'notebook_parameters', 'check_parameters', 'output_folder', 'save_figure',
-           'picture_hashes', 'model_by_name', 'write_result']
+           'picture_hashes', 'file_label', 'arm_of', 'model_by_name', 'write_result']
 
 # %% ../../nbs/reproduce/00_runs.ipynb #715bd442
 import ast, hashlib, json
@@ -102,19 +102,37 @@ def picture_hashes(names:list)->dict:   # set name -> SHA-256 over names and pix
         out[name] = h.hexdigest()
     return out
 
+# %% ../../nbs/reproduce/00_runs.ipynb #358f884a
+def file_label(name:str)->str:
+    "What a weights file is called in tables: its folder's name, and its own unless that is `weights`"
+    path = Path(name).absolute()
+    return path.parent.name if path.stem == 'weights' else f'{path.parent.name}.{path.stem}'
+
+# %% ../../nbs/reproduce/00_runs.ipynb #85e1ffb3
+def arm_of(name:str)->dict:   # 'arm': digest of system, configuration and recipe but for the seed; 'seed'
+    "Which training a weights file is of; empty where the file does not say"
+    from msnlan.models.checkpoints import read_state
+    if Path(name).suffix != '.safetensors' or name.startswith('spandrel:'): return dict(arm='', seed='')
+    about = read_state(name)[1]
+    recipe = about.get('recipe')
+    if not isinstance(recipe, dict) or 'seed' not in recipe: return dict(arm='', seed='')
+    rest = {k: v for k, v in recipe.items() if k not in ('seed', 'data_root', 'workers', 'cache', 'trackers')}
+    text = json.dumps([about.get('system'), about.get('config'), rest], sort_keys=True, default=str)
+    return dict(arm=hashlib.sha256(text.encode()).hexdigest()[:16], seed=recipe['seed'])
+
 # %% ../../nbs/reproduce/00_runs.ipynb #5716d5d9
 def model_by_name(
     name:str,      # a name with shipped weights, a weights file, or spandrel:FILE for another project's
     scale:int=2,   # magnification, for a name
 ):                 # network in eval mode, its label in tables, {name: hash of its weights}
-    "A trained network by name or file; a file is labelled by its run's folder, a foreign one by its stem"
+    "A trained network by name or file, labelled as `file_label` says; a foreign one by its stem"
     from msnlan.models.zoo import load_model, shipped_file
     if name.startswith('spandrel:'):
         from msnlan.evaluation.scores import SpandrelModel
         path = Path(name.removeprefix('spandrel:'))
         return SpandrelModel(path).eval(), path.stem, {name: file_hash(path)}
     if Path(name).suffix in ('.safetensors', '.pt', '.pth'):
-        return load_model(name).eval(), Path(name).absolute().parent.name, {name: file_hash(name)}
+        return load_model(name).eval(), file_label(name), {name: file_hash(name)}
     path = shipped_file(name, scale)
     return load_model(path).eval(), name, {name: file_hash(path)}
 
