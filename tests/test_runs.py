@@ -1,11 +1,14 @@
 """What makes a job run again, and what does not; which GPU a job gets; what is refused."""
 import ast, json, os, shutil, subprocess, sys
+from dataclasses import fields
 from pathlib import Path
 import numpy as np, pytest
 from conftest import ROOT
 from msnlan.reproduce.fingerprints import closure, fingerprints, imports, notebook_source
 from msnlan.images import imwrite
 from msnlan.reproduce.presets import Job, PresetError, load_preset
+from msnlan.training.recipes import TrainConfig, load_recipe
+from msnlan.training.trainer import Trainer, fit
 
 
 @pytest.fixture()
@@ -108,9 +111,56 @@ def test_presets_are_whole(name):
     if name == 'quick': assert {j.parameters['model'] for j in preset['jobs'] if j.notebook == 'train'} == {'msnlan', 'csnln', 'panet', 'hspan', 'mlrn'}
 
 
+TINY = dict(msnlan=dict(n_feats=16, n_resgroups=2, n_resblocks=1), csnln=dict(n_feats=8, depth=1),
+            panet=dict(n_feats=8, n_resblocks=2, pa_reduction=2), hspan=dict(n_feats=8, n_resgroups=1, n_resblocks=1),
+            mlrn=dict(n_feats=16, n_modules=1), slot=dict(n_feats=18, n_resblocks=2))
+TRAININGS = [(name, j.name) for name in sorted(p.stem for p in (ROOT/'nbs/experiments/presets').glob('paper-*.yaml'))
+             for j in load_preset(name)['jobs'] if j.notebook == 'train']
+
+
+def training_of(job, **changes):
+    "The settings that the train notebook makes of a job, and changes"
+    given = {f.name: job.parameters[f.name] for f in fields(TrainConfig) if job.parameters.get(f.name) is not None}
+    return load_recipe(job.parameters['recipe'], given | changes)
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('pictures')
+    imwrite(folder/'a.png', np.random.default_rng(0).integers(0, 256, (56, 60, 3), np.uint8))
+    return str(folder)
+
+
+@pytest.mark.parametrize('preset,name', TRAININGS, ids=lambda v: v)
+def test_every_training_of_a_paper_runs_in_miniature(preset, name, pictures, tmp_path):
+    "Its recipe, task, scale and level with narrow layers, small patches, two steps and a validation"
+    job = next(j for j in load_preset(preset)['jobs'] if j.name == name)
+    full = training_of(job)
+    assert full.steps >= 500_000 and full.batch == 16 and full.seed == 1
+    cfg = training_of(job, model_config=full.model_config | TINY[full.model], data=[pictures], validation=[pictures], patch=12, batch=2,
+                      steps=2, validate_every=2, log_every=1, workers=0, cache='memory', trackers=[])
+    trainer = Trainer(cfg, tmp_path)
+    assert (trainer.net.task, trainer.net.scale) == (full.model_config.get('task', 'sr'), full.scale)
+    summary = fit(trainer)
+    assert summary['steps'] == 2 and np.isfinite([summary['loss'], summary['psnr']]).all() and (tmp_path/'weights.safetensors').is_file()
+
+
+def test_a_recipe_stands_once():
+    "What a recipe says is not said again by a paper's preset; MLRN trains on pictures that are no test pictures"
+    names = {f.name for f in fields(TrainConfig)}
+    for preset, name in TRAININGS:
+        job = next(j for j in load_preset(preset)['jobs'] if j.name == name)
+        assert set(job.parameters) & names <= {'scale', 'level'} and job.parameters['recipe'] != 'default', (preset, name)
+    mlrn = [training_of(j) for j in load_preset('paper-mlrn')['jobs'] if j.notebook == 'train']
+    assert [c.patch for c in mlrn] == [96, 64, 48] and all(c.data == ['T91', 'train/BSDS/train'] for c in mlrn)
+
+
 def test_panet_has_its_four_tasks():
-    seen = [j.parameters for j in load_preset('paper-panet')['jobs'] if j.notebook.startswith('train')]
-    assert {p.get('task', 'sr') for p in seen} == {'sr', 'denoise', 'demosaic', 'dejpeg'} and len(seen) == 12
+    seen = [training_of(j) for j in load_preset('paper-panet')['jobs'] if j.notebook == 'train']
+    assert {c.model_config['task'] for c in seen} == {'sr', 'denoise', 'demosaic', 'dejpeg'} and len(seen) == 12
+    assert sorted(c.level for c in seen if c.model_config['task'] == 'denoise') == [10, 30, 50, 70]
+    assert sorted(c.level for c in seen if c.model_config['task'] == 'dejpeg') == [10, 20, 30, 40]
+    assert sorted(c.scale for c in seen if c.model_config['task'] == 'sr') == [2, 3, 4]
 
 
 def test_one_gpu_a_job(tmp_path):
