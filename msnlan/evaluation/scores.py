@@ -332,7 +332,8 @@ def _two_things(label, a, b):
     names = ('run', 'weights', 'tiles', 'ensemble', 'seed', 'arm', 'psnr')
     say = lambda r: ', '.join(f'{k} {r[k]}' for k in names if k in r and pd.notna(r[k]) and r[k] != '')
     raise ValueError(f"two different things are called {label!r} on {a['dataset']}: ({say(a)}) and "
-                     f"({say(b)}), first seen at picture {b['picture']}; expected a label for each (`label` of evaluate)")
+                     f"({say(b)}), first seen at picture {b['picture']}; "
+                     "expected a label for each (`label` of evaluate)")
 
 # %% ../../nbs/evaluation/00_scores.ipynb #c5421855
 def summarise(
