@@ -95,9 +95,7 @@ def open_model(
     name:str,   # a name of `model_names` or the path of a weights file
 ):              # a network in eval mode
     "The network that a reader chose"
-    if name in list_models(pretrained=True):
-        base, _, scale = name.rpartition('-x')
-        return create_model(base, scale=int(scale), pretrained=True).eval()
+    if name in list_models(pretrained=True): return load_model(name)
     if name in model_names():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

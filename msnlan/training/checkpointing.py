@@ -176,7 +176,8 @@ def start_from(
     fresh = sorted(state.keys() - fits.keys())
     for name in zero:
         new = [k for k in fresh if k == name or k.startswith(f'{name}.')]
-        if not new: raise ValueError(f'init_zero: {name!r} is not among the new parameters: {", ".join(fresh) or "none"}')
+        if not new:
+            raise ValueError(f'init_zero: {name!r} is not among the new parameters: {", ".join(fresh) or "none"}')
         with torch.no_grad():
             for k in new: state[k].zero_()
     return fresh
