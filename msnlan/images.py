@@ -40,7 +40,8 @@ def _read_tiff16(
     path:Path,     # a TIFF that Pillow cannot decode: 16 bits in three channels
 )->Image.Image:    # mode 'L' or 'RGB'
     "High byte of a 16-bit TIFF, through tifffile (a dependency of scikit-image)"
-    import tifffile
+    import logging, tifffile
+    logging.getLogger('tifffile').disabled = True   # it tells of every odd tag
     img = tifffile.imread(path)
     if img.dtype != np.uint16 or img.ndim not in (2, 3) or (img.ndim == 3 and img.shape[-1] != 3):
         raise ValueError(f'expected 8 or 16 bits in 1 or 3 channels, found {img.dtype} of shape {img.shape}')

@@ -46,8 +46,12 @@ def deep_tiff(
     data:bytes,    # of a TIFF
 )->np.ndarray:     # uint16, (H, W) or (H, W, C)
     "The pixels of a TIFF with 16 bits that Pillow cannot decode; `ValueError` for anything else"
-    import tifffile
-    img = tifffile.imread(BytesIO(data))
+    import logging, tifffile
+    logging.getLogger('tifffile').disabled = True          # it tells of every odd tag
+    with tifffile.TiffFile(BytesIO(data)) as f:
+        pixels = f.pages[0].imagelength*f.pages[0].imagewidth
+        if pixels > 2*Image.MAX_IMAGE_PIXELS: raise ValueError(f'{pixels} pixels, more than {2*Image.MAX_IMAGE_PIXELS}')
+        img = f.pages[0].asarray()
     if img.dtype != np.uint16 or img.ndim not in (2, 3) or (img.ndim == 3 and img.shape[-1] not in (2, 3, 4)):
         raise ValueError(f'expected 8 or 16 bits in 1, 3 or 4 channels, found {img.dtype} of shape {img.shape}')
     return img
