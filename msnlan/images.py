@@ -7,6 +7,7 @@ __all__ = ['imread', 'with_channels', 'imwrite', 'rgb_to_luma', 'modcrop', 'cubi
            'to_image']
 
 # %% ../nbs/01_images.ipynb #cd7e3317
+import logging
 import os
 import tempfile
 from functools import lru_cache
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.sparse import csr_array
+
+for _name in ('PIL', 'tifffile'): logging.getLogger(_name).addHandler(logging.NullHandler())   # odd tags, on stderr
 
 # %% ../nbs/01_images.ipynb #14748245
 def _flatten(
@@ -40,8 +43,7 @@ def _read_tiff16(
     path:Path,     # a TIFF that Pillow cannot decode: 16 bits in three channels
 )->Image.Image:    # mode 'L' or 'RGB'
     "High byte of a 16-bit TIFF, through tifffile (a dependency of scikit-image)"
-    import logging, tifffile
-    logging.getLogger('tifffile').disabled = True   # it tells of every odd tag
+    import tifffile
     img = tifffile.imread(path)
     if img.dtype != np.uint16 or img.ndim not in (2, 3) or (img.ndim == 3 and img.shape[-1] != 3):
         raise ValueError(f'expected 8 or 16 bits in 1 or 3 channels, found {img.dtype} of shape {img.shape}')

@@ -7,7 +7,7 @@ __all__ = ['WITH_ALPHA', 'WITH_16', 'Photo', 'deep_png', 'deep_tiff', 'split_alp
            'read_photo', 'to_bits', 'encode_png16', 'format_of', 'fit_format', 'encode', 'write_photo']
 
 # %% ../nbs/07_photos.ipynb #62e12481
-import os, struct, tempfile, warnings, zlib
+import logging, os, struct, tempfile, warnings, zlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .basics import write_bytes
+
+for _name in ('PIL', 'tifffile'): logging.getLogger(_name).addHandler(logging.NullHandler())   # odd tags, on stderr
 
 # %% ../nbs/07_photos.ipynb #e88e6ba3
 @dataclass
@@ -46,8 +48,7 @@ def deep_tiff(
     data:bytes,    # of a TIFF
 )->np.ndarray:     # uint16, (H, W) or (H, W, C)
     "The pixels of a TIFF with 16 bits that Pillow cannot decode; `ValueError` for anything else"
-    import logging, tifffile
-    logging.getLogger('tifffile').disabled = True          # it tells of every odd tag
+    import tifffile
     with tifffile.TiffFile(BytesIO(data)) as f:
         pixels = f.pages[0].imagelength*f.pages[0].imagewidth
         if pixels > 2*Image.MAX_IMAGE_PIXELS: raise ValueError(f'{pixels} pixels, more than {2*Image.MAX_IMAGE_PIXELS}')
