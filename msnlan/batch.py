@@ -209,7 +209,8 @@ def through(net, img:np.ndarray, dtype, tile:str, self_ensemble:bool, jobs:int, 
             side = min(side or SIDE*2, max(img.shape[:2]))//2
             if not short: raise
             if tile != 'auto' or side < 2*OVERLAP:
-                raise MemoryError(f'too little memory for {img.shape[1]} x {img.shape[0]} pixels; try --tile 64') from None
+                size = f'{img.shape[1]} x {img.shape[0]}'
+                raise MemoryError(f'too little memory for {size} pixels; try --tile 64') from None
 
 # %% ../nbs/08_batch.ipynb #b5035bae
 @dataclass(frozen=True)
@@ -252,7 +253,8 @@ def with_targets(
         if len(tasks) > 1: raise ValueError(f'-o - takes one picture, found {len(tasks)}; expected a folder')
         if out != '-': format_of(out)
         return [replace(t, target=out) for t in tasks]
-    if os.path.exists(out) and not os.path.isdir(out): raise ValueError(f'-o {out} is a file; expected a folder for {len(tasks)} pictures')
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f'-o {out} is a file; expected a folder for {len(tasks)} pictures')
     names = lambda t, n: str(Path(out)/t.below/f'{n}{ending}.png')
     first = [names(t, 'stdin' if t.source == '-' else Path(t.source).stem) for t in tasks]
     final = [f if first.count(f) == 1 else names(t, Path(t.source).name) for f, t in zip(first, tasks)]

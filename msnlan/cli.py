@@ -274,7 +274,8 @@ def apply_network(nets:list, pictures:list, out:str, what:str, device:str|None, 
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     try: nets = [net.to(device).eval() for net in nets]
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {device}: expected cpu or cuda:NUMBER of a GPU here ({str(e).splitlines()[0]})") from None
+        why = str(e).splitlines()[0]
+        raise ValueError(f'--device {device}: expected cpu or cuda:NUMBER of a GPU here ({why})') from None
     scale = 1
     for net in nets: scale *= net.scale
     tasks = with_targets(find_pictures(pictures), out, f'_x{scale}' if scale > 1 else '')
@@ -303,7 +304,8 @@ def upscale(
     if scale not in (2, 3, 4, 8): raise ValueError(f'--scale {scale}: expected 2, 3, 4 or 8')
     found = [model_by_name(model, s) for s in ((4, 2) if scale == 8 else (scale,))]
     nets, label = [net for net, *_ in found], found[0][1]
-    if any(net.task != 'sr' for net in nets): raise ValueError(f'{model} is a network for {nets[0].task}: msnlan restore uses it')
+    if any(net.task != 'sr' for net in nets):
+        raise ValueError(f'{model} is a network for {nets[0].task}: msnlan restore uses it')
     if len(nets) == 2 and nets[0].scale == nets[1].scale:
         raise ValueError(f'{model} has scale {nets[0].scale}; --scale 8 needs a name with weights for 4 and for 2')
     apply_network(nets, pictures, out, f"x{'x'.join(str(n.scale) for n in nets)} by {label}", device, tile=tile,

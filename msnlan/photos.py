@@ -121,7 +121,7 @@ def _contiguous(a): return None if a is None else np.ascontiguousarray(a)
 def read_photo(
     path:str|os.PathLike|bytes,   # a file, or the bytes of one
 )->Photo:
-    """Read a picture with alpha, profile and bits; `FileNotFoundError`, or `ValueError` for one that does not decode."""
+    "Read a picture with alpha, profile and bits; `FileNotFoundError`, or `ValueError` for a damaged one"
     name = 'the picture' if isinstance(path, bytes) else str(path)
     if not isinstance(path, bytes):
         if os.path.islink(path) and not os.path.exists(path): raise FileNotFoundError(f'{name} is a link to nothing')
@@ -134,7 +134,8 @@ def read_photo(
             photo = decode(path)
     except Exception as e:                      # Pillow raises many kinds
         why = ' '.join(str(e).split()).replace('<_io.BytesIO object', '<the file')[:200] or type(e).__name__
-        raise ValueError(f'{name}: expected a whole picture, found {len(path)} bytes that do not decode ({why})') from e
+        raise ValueError(f'{name}: expected a whole picture, found {len(path)} bytes '
+                         f'that do not decode ({why})') from e
     if 0 in photo.pixels.shape: raise ValueError(f'{name}: expected a picture, found one without pixels')
     return photo
 
@@ -154,7 +155,8 @@ def encode_png16(
 )->bytes:
     "A PNG with 16 bits a channel (PNG specification, sections 5 and 11), which Pillow writes for grey only"
     img = img[..., None] if img.ndim == 2 else img
-    def chunk(kind, body): return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
+    number = lambda n: struct.pack('>I', n)
+    chunk = lambda kind, body: number(len(body)) + kind + body + number(zlib.crc32(kind + body))
     h, w, c = img.shape
     rows = np.ascontiguousarray(img, '>u2').view(np.uint8).reshape(h, -1)
     up = np.full((h, 1 + rows.shape[1]), 2, np.uint8)                # filter 2: less the row above
