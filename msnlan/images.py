@@ -7,6 +7,7 @@ __all__ = ['imread', 'with_channels', 'imwrite', 'rgb_to_luma', 'modcrop', 'cubi
            'to_image']
 
 # %% ../nbs/01_images.ipynb #cd7e3317
+import logging
 import os
 import tempfile
 from functools import lru_cache
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.sparse import csr_array
+
+for _name in ('PIL', 'tifffile'): logging.getLogger(_name).addHandler(logging.NullHandler())   # odd tags, on stderr
 
 # %% ../nbs/01_images.ipynb #14748245
 def _flatten(

@@ -1,0 +1,101 @@
+"""Whatever a file holds: a right result or one clear line; no traceback, no hang, no half-written file, within time and memory."""
+import collections, json, signal
+from contextlib import contextmanager
+import pytest, torch
+from hostile import file_of
+from msnlan.batch import Task, convert
+from msnlan.basics import peak_memory
+from msnlan.correlation.explorer import decode
+from msnlan.evaluation.scores import score_folder
+from msnlan.models.zoo import create_model, load_model, save_weights
+from msnlan.photos import read_photo
+
+SECONDS, BYTES = 120, 3*2**30     # a file may take so long through one door, and the process grow by so much
+EXPECTED = (ValueError, OSError, MemoryError)
+
+
+@contextmanager
+def time_limit(what):
+    "An error instead of a hang"
+    def ring(*_): raise AssertionError(f'{what} took more than {SECONDS} s')
+    signal.signal(signal.SIGALRM, ring); signal.alarm(SECONDS)
+    try: yield
+    finally: signal.alarm(0)
+
+
+@pytest.fixture(scope='module')
+def nets():
+    torch.manual_seed(0)
+    return dict(up=create_model('msnlan', scale=2, n_feats=16, n_resgroups=2, n_resblocks=1).eval(),
+                back=create_model('panet', task='denoise', n_feats=16, n_resblocks=2).eval())
+
+
+def weight_files(net, folder):
+    "The same weights in the three endings"
+    out = [('safetensors', save_weights(net, folder/'w.safetensors').read_bytes())]
+    small = {k: v for k, v in net.state_dict().items()}
+    for name in ('pt', 'pth'):
+        torch.save(small if name == 'pt' else dict(state_dict=small), folder/f'w.{name}')
+        out.append((name, (folder/f'w.{name}').read_bytes()))
+    return out
+
+
+def doors(path, nets, folder):
+    "What a file is sent through: name -> call; each gives the picture or the network it made"
+    if path.suffix in ('.pt', '.pth', '.safetensors'): return dict(load_model=lambda: load_model(path))
+    def through(net, name):
+        out = folder/f'{name}.png'
+        out.unlink(missing_ok=True)
+        convert(Task(str(path), target=str(out)), [net])
+        return read_photo(out).pixels, net.scale
+    def scored():
+        from msnlan.data.registry import Picture
+        (folder/'sr').mkdir(exist_ok=True)
+        for old in (folder/'sr').iterdir(): old.unlink()
+        copy = folder/'sr'/f'a{path.suffix}'
+        copy.write_bytes(path.read_bytes())
+        return score_folder(folder/'sr', [Picture('a', copy)], 1)
+    return dict(upscale=lambda: through(nets['up'], 'up'), restore=lambda: through(nets['back'], 'back'), score=scored,
+                upload=lambda: decode(path.name, path.read_bytes()))
+
+
+def send(seed, numbers, nets, folder):
+    "Send files through all doors; what happened, counted, and every breach of the rule"
+    weights, count, wrong = weight_files(nets['up'], folder), collections.Counter(), []
+    (folder/'in').mkdir(); (folder/'out').mkdir()
+    before = peak_memory()
+    for i in numbers:
+        name, data = file_of(seed, i, weights)
+        path = folder/'in'/name
+        path.write_bytes(data)
+        for door, call in doors(path, nets, folder/'out').items():
+            try:
+                with time_limit(f'{door} of file {i}'): call()
+                count[door, 'right'] += 1
+            except EXPECTED as e:
+                count[door, 'refused'] += 1
+                if not str(e).strip(): wrong.append(f'{i} {door}: an empty message')
+            except BaseException as e: wrong.append(f'{i} {door} {name!r}: {type(e).__name__}: {str(e)[:200]}')
+            left = [p.name for p in (folder/'out').rglob('.*')]
+            if left: wrong.append(f'{i} {door}: left {left}')
+            if peak_memory() - before > BYTES: wrong.append(f'{i} {door}: {peak_memory() - before} bytes more'); before = peak_memory()
+        path.unlink()
+    return count, wrong
+
+
+def check(count, wrong):
+    assert wrong == [], '\n'.join([f'{len(wrong)} breaches', *wrong[:10]])
+    for door in ('upscale', 'restore', 'score', 'upload', 'load_model'):
+        assert count[door, 'right'] and count[door, 'refused'], f'{door}: {count}'
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_hostile_files(nets, tmp_path): check(*send(1, range(300), nets, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')
+def test_ten_thousand_hostile_files(nets, tmp_path):
+    count, wrong = send(2, range(10_000), nets, tmp_path)
+    print(json.dumps({' '.join(k): v for k, v in sorted(count.items())}))
+    check(count, wrong)
