@@ -35,8 +35,9 @@ def check_recipe(
     if not record:
         raise ValueError(f'{path} has no record of its training; expected weights of `fit`: train anew')
     was, now = record['recipe'], recipe_of(cfg)
+    endless = now['schedule'] == 'constant' and not now['cooldown']      # the step does not depend on how many follow
     for k in now:
-        if k not in FREE and k in was and was[k] != now[k]:
+        if k not in (*FREE, 'steps' if endless else '') and k in was and was[k] != now[k]:
             raise ValueError(f'{path} was trained with {k} = {was[k]!r}, asked for is {now[k]!r}: '
                              "train anew (kept: ''), or ask for what was done")
     if record['steps'] != cfg.steps:
