@@ -36,9 +36,9 @@ def test_a_comment_or_docstring_changes_nothing(package):
 def test_a_module_counts_where_it_is_reached(package):
     before = {n: reached(n, package) for n in ('train', 'evaluate', 'paper_tables', 'attention_maps')}
     assert 'msnlan.metrics' in before['evaluate'] and 'msnlan.images' in before['train']
-    edit(package/'training.py', 'import', 'EXTRA = 1\nimport')
+    edit(package/'training/trainer.py', 'import', 'EXTRA = 1\nimport')
     assert reached('train', package) != before['train'] and reached('evaluate', package) == before['evaluate']
-    edit(package/'maps.py' if (package/'maps.py').exists() else package/'correlation.py', 'import', 'EXTRA = 1\nimport')
+    edit(package/'correlation/maps.py', 'import', 'EXTRA = 1\nimport')
     assert reached('attention_maps', package) != before['attention_maps'] and reached('paper_tables', package) == before['paper_tables']
     edit(package/'images.py', 'import', 'EXTRA = 1\nimport')                      # everybody reads pictures
     assert all(reached(n, package) != before[n] for n in before)
