@@ -228,29 +228,47 @@ class _Strips(torch.autograd.Function):
         return None, None, None, *total
 
 # %% ../../nbs/attention/00_operator.ipynb #f6e24879
-BACKENDS = 'auto', 'plain', 'strips', 'numba', 'reference'
+BACKENDS = 'auto', 'plain', 'strips', 'numba', 'whole', 'reference'
 
 # %% ../../nbs/attention/00_operator.ipynb #4e7250bf
 def _choose(query, keys, patch, weighting):
-    "The backend for these maps"
+    "The backend for these maps; sizes decide, never the number of threads"
     if torch.compiler.is_exporting() or torch.jit.is_tracing(): return 'plain'
     entries = query.shape[-2]*query.shape[-1]*sum(k.shape[-2]*k.shape[-1] for k in keys)
-    if query.device.type == 'cpu' and entries*query.shape[0] < 2**17: return 'plain'
-    walk = query.device.type == 'cpu' and weighting == 'softmax' and patch <= 31 and has_numba()
-    if walk: return 'numba'
-    return 'plain' if query.device.type == 'cpu' and entries*query.shape[0] < 2**24 else 'strips'  # 64 MB a map
+    total, cpu = entries*query.shape[0], query.device.type == 'cpu'
+    if cpu and total < 2**17: return 'plain'
+    compiled, soft = cpu and patch <= 31 and has_numba(), weighting == 'softmax'
+    alone = query.shape[0] == 1 and soft               # threads share the walk, but not a sample's whole map
+    if compiled and entries <= (2**20 if alone else 2**23): return 'whole'           # 32 MB a map
+    if compiled and soft: return 'numba'
+    return 'plain' if cpu and total < 2**24 else 'strips'                            # 64 MB a map
 
 # %% ../../nbs/attention/00_operator.ipynb #7cc087b4
+def _laid_out(keys, values, s, patch, softmax_scale, normalize_keys):
+    "Factors on the scores of every key, and an s x s cell of values as s*s channels"
+    one = [torch.ones_like(k[:, :1]) for k in keys]
+    factors = [softmax_scale*(1/key_norm(k, patch) if normalize_keys else o) for k, o in zip(keys, one)]
+    return [f[:, 0] for f in factors], [F.pixel_unshuffle(v, s) for v in values]
+
+# %% ../../nbs/attention/00_operator.ipynb #68de554f
 @_eager
 def _walk(query, keys, values, s, patch, softmax_scale, divisor, normalize_keys, weighting):
-    "The compiled diagonal walk; an s x s cell of values becomes s*s channels"
+    "The compiled diagonal walk"
     if weighting != 'softmax' or patch > 31 or query.device.type != 'cpu':
         raise ValueError("backend 'numba' does softmax, patch <= 31, on a CPU; use 'auto' or 'strips'")
     from msnlan.attention.cpu import CPUAttention
-    one = [torch.ones_like(k[:, :1]) for k in keys]
-    facs = [softmax_scale*(1/key_norm(k, patch) if normalize_keys else o) for k, o in zip(keys, one)]
-    cells = [F.pixel_unshuffle(v, s) for v in values]
-    out = CPUAttention.apply(patch, len(keys), query, *keys, *[f[:, 0] for f in facs], *cells)
+    factors, cells = _laid_out(keys, values, s, patch, softmax_scale, normalize_keys)
+    return F.pixel_shuffle(CPUAttention.apply(patch, len(keys), query, *keys, *factors, *cells), s)/divisor
+
+# %% ../../nbs/attention/00_operator.ipynb #19898ffa
+@_eager
+def _whole(query, keys, values, s, patch, softmax_scale, divisor, normalize_keys, weighting):
+    "Compiled whole maps, a sample at a time"
+    if patch > 31 or query.device.type != 'cpu':
+        raise ValueError("backend 'whole' does patch <= 31 on a CPU; use 'auto' or 'strips'")
+    from msnlan.attention.whole import WholeMaps
+    factors, cells = _laid_out(keys, values, s, patch, softmax_scale, normalize_keys)
+    out = WholeMaps.apply(patch, len(keys), weighting == 'sparsemax', normalize_keys, query, *keys, *factors, *cells)
     return F.pixel_shuffle(out, s)/divisor
 
 # %% ../../nbs/attention/00_operator.ipynb #e7c53758
@@ -260,6 +278,7 @@ def _dispatch(query, keys, values, s, backend, *options):
     if backend == 'plain': return _plain(query, keys, values, *options)
     if backend == 'reference': return patch_attention_reference(query, keys, values, *options)
     if backend == 'numba': return _walk(query, keys, values, s, *options)
+    if backend == 'whole': return _whole(query, keys, values, s, *options)
     return _run_strips(query, keys, values, *options)
 
 # %% ../../nbs/attention/00_operator.ipynb #d0eca5e0
@@ -278,7 +297,7 @@ def patch_attention(
     divisor:float=1.,           # the sum of overlapping patches is divided by this constant D
     normalize_keys:bool=True,   # divide each key patch by its norm
     weighting:str='softmax',    # 'softmax' or 'sparsemax', over the keys of all levels together
-    backend:str='auto',         # 'auto', 'numba', 'strips', 'plain' or 'reference'
+    backend:str='auto',         # 'auto', 'whole', 'numba', 'strips', 'plain' or 'reference'
 )->Tensor:                      # (N, c, s*H, s*W)
     "Patch attention: the same function and gradient as `patch_attention_reference`"
     keys, values, s = _as_levels(query, keys, values, patch, weighting)
