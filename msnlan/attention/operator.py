@@ -268,7 +268,8 @@ def _whole(query, keys, values, s, patch, softmax_scale, divisor, normalize_keys
         raise ValueError("backend 'whole' does patch <= 31 on a CPU; use 'auto' or 'strips'")
     from msnlan.attention.whole import WholeMaps
     factors, cells = _laid_out(keys, values, s, patch, softmax_scale, normalize_keys)
-    out = WholeMaps.apply(patch, len(keys), weighting == 'sparsemax', normalize_keys, query, *keys, *factors, *cells)
+    sparse = weighting == 'sparsemax'
+    out = WholeMaps.apply(patch, len(keys), sparse, normalize_keys, query, *keys, *factors, *cells)
     return F.pixel_shuffle(out, s)/divisor
 
 # %% ../../nbs/attention/00_operator.ipynb #e7c53758

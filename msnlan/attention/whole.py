@@ -45,7 +45,7 @@ def _diagonal(dst, do, src, so, step, count, n):
 
 # %% ../../nbs/attention/03_whole.ipynb #2aa3be58
 def _stack_block(count, bits):
-    "dst[x] = sum over `count` offsets o of src[o + x]; with `most`: times factor, and most[x] the largest so far"
+    "Sum of `count` lines at offsets; with `most`: times factor, and most[x] the largest so far"
     @intrinsic
     def block(typing, dst, do, src, offsets, so, n, factor, most):
         largest = most != types.none
@@ -53,13 +53,15 @@ def _stack_block(count, bits):
             dst, do, src, offsets, so, n, factor, most = args
             dt = context.get_data_type(sig.args[0].dtype)
             size = 4 if dt == ir.FloatType() else 8
-            lanes = bits // (8*size); vec = ir.VectorType(dt, lanes); i32, i64 = ir.IntType(32), ir.IntType(64)
+            lanes = bits // (8*size); vec = ir.VectorType(dt, lanes)
+            i32, i64 = ir.IntType(32), ir.IntType(64)
             data = lambda i, v: context.make_array(sig.args[i])(context, builder, v).data
             to, fr, table = builder.gep(data(0, dst), [do]), builder.gep(data(2, src), [so]), data(3, offsets)
             cast = lambda q: builder.bitcast(q, vec.as_pointer())
             lines = [builder.gep(fr, [builder.load(builder.gep(table, [i64(d)]))]) for d in range(count)]
             if largest:
-                undef = ir.Constant(vec, ir.Undefined); zeros = ir.Constant(ir.VectorType(i32, lanes), [0]*lanes)
+                undef = ir.Constant(vec, ir.Undefined)
+                zeros = ir.Constant(ir.VectorType(i32, lanes), [0]*lanes)
                 scale = builder.shuffle_vector(builder.insert_element(undef, factor, i32(0)), undef, zeros)
                 top = data(7, most)
             with cgutils.for_range(builder, builder.sdiv(n, i64(lanes))) as inner:
@@ -259,7 +261,7 @@ def row_sums(plan, u, ring, offsets, tile):
 # %% ../../nbs/attention/03_whole.ipynb #4b2fd45b
 @_jit
 def score_walk(plan, keys, query, factor, scores, top, total, tops, tile, ring, offsets, sparse):
-    "Scores of a level; softmax: exp(score - largest so far), the sums of these, and that largest for every row"
+    "Scores of a level; softmax: exp(score - largest so far), their sums, that largest for every row"
     r, n, stride = plan.radius, plan.lanes, plan.stride; p = 2*r+1
     c = keys.shape[2]; wide = n + 2*plan.margin; slot = plan.cols*wide
     old = np.empty_like(top); here = np.zeros(1, np.int64); keys = keys.reshape(-1); query = query.reshape(-1)
@@ -466,8 +468,8 @@ class Layout:
         self.n, self.stride, self.plans, lines = n, stride, [], 0
         for k in keys:
             rows, cols = k.shape[-2:]
-            self.plans.append(Plan(rows, cols, _up(cols, ROWS), r, self.pitch, n, stride, _up(r*self.pitch, 16),
-                                   FRONT + lines*stride))
+            tile, margin = _up(cols, ROWS), _up(r*self.pitch, 16)
+            self.plans.append(Plan(rows, cols, tile, r, self.pitch, n, stride, margin, FRONT + lines*stride))
             lines += rows*cols
         self.lines = lines
         self.size = FRONT + (lines + 8)*stride
@@ -485,8 +487,10 @@ class Layout:
     def pixels(self, x):
         "(N, c, n) -> (N, n, c up to 8)"
         return F.pad(torch.from_numpy(x).transpose(1, 2), (0, -x.shape[1] % 8)).contiguous().numpy()
-    def rows(self, x, plan): return F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, plan.tile-plan.cols)).contiguous().numpy()
-    def planes(self, x): return F.pad(x.permute(0, 2, 1, 3), (0, 0, 0, -x.shape[1] % ROWS)).contiguous().numpy()
+    def rows(self, x, plan):
+        return F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, plan.tile-plan.cols)).contiguous().numpy()
+    def planes(self, x):
+        return F.pad(x.permute(0, 2, 1, 3), (0, 0, 0, -x.shape[1] % ROWS)).contiguous().numpy()
 
 # %% ../../nbs/attention/03_whole.ipynb #bf7facaf
 def _each(N, work):
@@ -509,7 +513,7 @@ def _scratch(name, size, dtype):
 
 # %% ../../nbs/attention/03_whole.ipynb #d9db8d90
 def _first_walk(lay, n, q, keys, facs, A, sparse):
-    "Scores of all levels, and what makes weights of them: noted tops, the largest or the threshold, 1/sum"
+    "Scores of all levels; noted tops, the largest or the threshold, 1/sum"
     dtype = q.dtype
     tile, ring = _scratch('tile', lay.tile_size, dtype), _scratch('ring', lay.ring_size, dtype)
     tile[:] = 0; A[:FRONT] = 0
@@ -563,7 +567,8 @@ class WholeMaps(torch.autograd.Function):
         q, G = lay.lay(query), lay.lay(grad); dtype = q.dtype
         QT, GT = lay.pixels(q), lay.pixels(G)
         fac = [f.contiguous().numpy() for f in facs]
-        KB = [lay.planes(k) for k in keys]; VB = [lay.rows(v, plan) for v, plan in zip(values, lay.plans)]
+        KB = [lay.planes(k) for k in keys]
+        VB = [lay.rows(v, plan) for v, plan in zip(values, lay.plans)]
         K = None if ctx.kept is not None else [lay.rows(k, plan) for k, plan in zip(keys, lay.plans)]
         dV = [np.empty((lay.N, s.rows, s.tile, GT.shape[-1]), dtype) for s in lay.plans]
         dK = [np.empty((lay.N, s.rows, s.tile, QT.shape[-1]), dtype) for s in lay.plans]
