@@ -236,14 +236,18 @@ class _Strips(torch.autograd.Function):
         return None, None, None, *total
 
 # %% ../../nbs/attention/00_operator.ipynb #f6e24879
-BACKENDS = 'auto', 'plain', 'strips', 'numba', 'triton', 'reference'
+BACKENDS = 'auto', 'plain', 'strips', 'numba', 'whole', 'triton', 'reference'
 
-CHOICES = (  # device, weighting ('' for any), pairs of query and key below, backend; the first line that fits
-    ('cpu', '', 2**17, 'plain'),        # measured: tiny maps, where a compiled call costs more than it saves
-    ('cpu', 'softmax', None, 'numba'),  # measured: reports/benchmarks/attention-cpu.md
-    ('cpu', '', 2**24, 'plain'),        # measured: up to 64 MB a map
-    ('cuda', '', None, 'triton'),       # on paper so far (04_gpu); `msnlan bench gpu` measures it
-    ('', '', None, 'strips'))
+# device, weighting, samples, pairs of query and key below (in all, a sample), backend; '' and None: any
+CHOICES = (  # the first line that fits
+    ('cpu', '', '', 2**17, None, 'plain'),              # measured: tiny maps, where a compiled call costs more than it saves
+    ('cpu', 'softmax', 'one', None, 2**20, 'whole'),    # measured: threads share the walk, but not one sample's whole map
+    ('cpu', 'sparsemax', 'one', None, 2**23, 'whole'),
+    ('cpu', '', 'many', None, 2**23, 'whole'),          # measured: up to 32 MB a map
+    ('cpu', 'softmax', '', None, None, 'numba'),        # measured: reports/benchmarks/attention-cpu.md
+    ('cpu', '', '', 2**24, None, 'plain'),              # measured: up to 64 MB a map
+    ('cuda', '', '', None, None, 'triton'),             # on paper so far (05_gpu)
+    ('', '', '', None, None, 'strips'))
 
 # %% ../../nbs/attention/00_operator.ipynb #4e7250bf
 def known(backend:str)->str:
@@ -260,16 +264,20 @@ def _say_once(text):
 # %% ../../nbs/attention/00_operator.ipynb #c0506511
 def choose(
     device:str,              # 'cpu', 'cuda', ...
-    pairs:int,               # of query and key, over the batch
+    pairs:int,               # of query and key, in one sample
     weighting:str='softmax', # 'softmax' or 'sparsemax'
     patch:int=3,             # patch size p
+    samples:int=1,           # N
 )->str:                      # a backend
     "The backend for maps of this size: the environment's MSNLAN_BACKEND, else the first line of `CHOICES` that fits"
     named = os.environ.get('MSNLAN_BACKEND', 'auto')
     if named != 'auto': return known(named)
-    ready = dict(numba=patch <= 31 and has_numba(), triton=has_triton())
-    for kind, weighs, below, backend in CHOICES:
-        if kind not in ('', device) or weighs not in ('', weighting) or below and pairs >= below: continue
+    compiled = patch <= 31 and has_numba()
+    ready = dict(numba=compiled, whole=compiled, triton=has_triton())
+    many = 'many' if samples > 1 else 'one'
+    for kind, weighs, count, in_all, a_sample, backend in CHOICES:
+        if kind not in ('', device) or weighs not in ('', weighting) or count not in ('', many): continue
+        if in_all and pairs*samples >= in_all or a_sample and pairs > a_sample: continue
         if ready.get(backend, True): return backend
         if backend == 'triton': _say_once('Triton is not installed, so attention runs in strips, which is slower '
                                           'on a GPU: pip install triton')
@@ -278,20 +286,36 @@ def choose(
 def _chosen(query, keys, patch, weighting):
     "The backend for these maps"
     if torch.compiler.is_exporting() or torch.jit.is_tracing(): return 'plain'
-    pairs = query.shape[0]*query.shape[-2]*query.shape[-1]*sum(k.shape[-2]*k.shape[-1] for k in keys)
-    return choose(query.device.type, pairs, weighting, patch)
+    pairs = query.shape[-2]*query.shape[-1]*sum(k.shape[-2]*k.shape[-1] for k in keys)
+    return choose(query.device.type, pairs, weighting, patch, query.shape[0])
 
 # %% ../../nbs/attention/00_operator.ipynb #7cc087b4
+def _laid_out(keys, values, s, patch, softmax_scale, normalize_keys):
+    "Factors on the scores of every key, and an s x s cell of values as s*s channels"
+    one = [torch.ones_like(k[:, :1]) for k in keys]
+    factors = [softmax_scale*(1/key_norm(k, patch) if normalize_keys else o) for k, o in zip(keys, one)]
+    return [f[:, 0] for f in factors], [F.pixel_unshuffle(v, s) for v in values]
+
+# %% ../../nbs/attention/00_operator.ipynb #68de554f
 @_eager
 def _walk(query, keys, values, s, patch, softmax_scale, divisor, normalize_keys, weighting):
-    "The compiled diagonal walk; an s x s cell of values becomes s*s channels"
+    "The compiled diagonal walk"
     if weighting != 'softmax' or patch > 31 or query.device.type != 'cpu':
         raise ValueError("backend 'numba' does softmax, patch <= 31, on a CPU; use 'auto' or 'strips'")
     from msnlan.attention.cpu import CPUAttention
-    one = [torch.ones_like(k[:, :1]) for k in keys]
-    facs = [softmax_scale*(1/key_norm(k, patch) if normalize_keys else o) for k, o in zip(keys, one)]
-    cells = [F.pixel_unshuffle(v, s) for v in values]
-    out = CPUAttention.apply(patch, len(keys), query, *keys, *[f[:, 0] for f in facs], *cells)
+    factors, cells = _laid_out(keys, values, s, patch, softmax_scale, normalize_keys)
+    return F.pixel_shuffle(CPUAttention.apply(patch, len(keys), query, *keys, *factors, *cells), s)/divisor
+
+# %% ../../nbs/attention/00_operator.ipynb #19898ffa
+@_eager
+def _whole(query, keys, values, s, patch, softmax_scale, divisor, normalize_keys, weighting):
+    "Compiled whole maps, a sample at a time"
+    if patch > 31 or query.device.type != 'cpu':
+        raise ValueError("backend 'whole' does patch <= 31 on a CPU; use 'auto' or 'strips'")
+    from msnlan.attention.whole import WholeMaps
+    factors, cells = _laid_out(keys, values, s, patch, softmax_scale, normalize_keys)
+    sparse = weighting == 'sparsemax'
+    out = WholeMaps.apply(patch, len(keys), sparse, normalize_keys, query, *keys, *factors, *cells)
     return F.pixel_shuffle(out, s)/divisor
 
 # %% ../../nbs/attention/00_operator.ipynb #f517993c
@@ -307,6 +331,7 @@ def _dispatch(query, keys, values, s, backend, *options):
     if backend == 'reference': return patch_attention_reference(query, keys, values, *options)
     if backend == 'triton': return _fused(query, keys, values, *options)
     if backend == 'numba': return _walk(query, keys, values, s, *options)
+    if backend == 'whole': return _whole(query, keys, values, s, *options)
     return _run_strips(query, keys, values, *options)
 
 # %% ../../nbs/attention/00_operator.ipynb #d0eca5e0
