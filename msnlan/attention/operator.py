@@ -240,8 +240,8 @@ BACKENDS = 'auto', 'plain', 'strips', 'numba', 'whole', 'triton', 'reference'
 
 # device, weighting, samples, pairs of query and key below (in all, a sample), backend; '' and None: any
 CHOICES = (  # the first line that fits
-    ('cpu', '', '', 2**17, None, 'plain'),              # measured: tiny maps, where a compiled call costs more than it saves
-    ('cpu', 'softmax', 'one', None, 2**20, 'whole'),    # measured: threads share the walk, but not one sample's whole map
+    ('cpu', '', '', 2**17, None, 'plain'),              # measured: a compiled call would cost more
+    ('cpu', 'softmax', 'one', None, 2**20, 'whole'),    # measured: threads share the walk
     ('cpu', 'sparsemax', 'one', None, 2**23, 'whole'),
     ('cpu', '', 'many', None, 2**23, 'whole'),          # measured: up to 32 MB a map
     ('cpu', 'softmax', '', None, None, 'numba'),        # measured: reports/benchmarks/attention-cpu.md
