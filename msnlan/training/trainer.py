@@ -206,7 +206,8 @@ LOCAL = 'data_root', 'cache', 'trackers', 'workers', 'keep', 'checkpoint_every',
 
 def recipe_of(cfg:TrainConfig)->dict:
     "The settings that a result depends on: those of `cfg` without what only this machine needs"
-    return {k: v for k, v in json.loads(json.dumps(asdict(cfg))).items() if k not in LOCAL}
+    kept = {k: v for k, v in json.loads(json.dumps(asdict(cfg))).items() if k not in LOCAL}
+    return kept | dict(init=Path(cfg.init).name if cfg.init else None)      # which file that was, its hash says
 
 def about_run(t:Trainer)->dict:   # JSON-able, for the metadata of a weights file
     "One record of a run: recipe, data, patches seen, curves, code and machines, where its first weights are from"
