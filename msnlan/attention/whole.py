@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
-from .kernels import (BITS, ROWS, _box_block, _exp, _float_of, _jit, dot_line, gemm, max_line,
+from .kernels import (BITS, BYTES, ROWS, _box_block, _exp, _float_of, _jit, dot_line, gemm, max_line,
                                       rescale_line)
 
 # %% ../../nbs/attention/03_whole.ipynb #c35dbb3e
@@ -485,8 +485,8 @@ class Layout:
     def unlay(self, x):
         return x[..., :self.H*self.pitch].unflatten(-1, (self.H, self.pitch))[..., :self.W]
     def pixels(self, x):
-        "(N, c, n) -> (N, n, c up to 8)"
-        return F.pad(torch.from_numpy(x).transpose(1, 2), (0, -x.shape[1] % 8)).contiguous().numpy()
+        "(N, c, n) -> (N, n, c rounded up to whole vectors, which is what a product writes)"
+        return F.pad(torch.from_numpy(x).transpose(1, 2), (0, -x.shape[1] % (BYTES//x.itemsize))).contiguous().numpy()
     def rows(self, x, plan):
         return F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, plan.tile-plan.cols)).contiguous().numpy()
     def planes(self, x):
