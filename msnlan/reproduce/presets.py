@@ -76,6 +76,7 @@ class PresetSpec(BaseModel):
     title:str = ''
     about:str = ''
     threads:Optional[int] = Field(None, ge=1)       # of each job; none: all cores over the jobs at once
+    committed:bool = False                          # its page goes into the repository, executed notebooks do not
     axes:dict[str, list|dict[Any, dict[str, Any]]] = Field(default_factory=dict)
     jobs:dict[str, JobSpec] = Field(min_length=1)
 
@@ -257,7 +258,7 @@ def preset_path(name:str)->Path:
 # %% ../../nbs/reproduce/02_presets.ipynb #d1ab9ffe
 def load_preset(
     name:str,     # 'smoke', 'benchmarks', ... or a path of a YAML file
-)->dict:          # 'name', 'title', 'about', 'jobs' (list of Job)
+)->dict:          # 'name', 'title', 'about', 'committed', 'jobs' (list of Job)
     "Read and check a preset; raises `PresetError` with the line of a mistake"
     path = preset_path(name)
     text = path.read_text()
@@ -268,4 +269,5 @@ def load_preset(
     except ValueError as e: raise PresetError(f'{path}, {e}') from None
     if not isinstance(data, dict): raise PresetError(f'{path}, line 1: expected keys such as title and jobs')
     spec = check_schema(data, node, path)
-    return dict(name=path.stem, title=spec.title or path.stem, about=spec.about, jobs=expand(spec, node, path))
+    return dict(name=path.stem, title=spec.title or path.stem, about=spec.about, committed=spec.committed,
+                jobs=expand(spec, node, path))

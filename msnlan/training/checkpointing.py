@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['flush', 'seal', 'is_whole', 'checkpoints', 'last_checkpoint', 'agreed_checkpoint', 'clear_partial', 'is_full',
            'not_written', 'save_checkpoint', 'check_finite', 'catch_signals', 'leave_signals', 'Progress',
-           'weights_digest', 'start_from', 'weights_record']
+           'weights_digest', 'start_from', 'weights_record', 'spent']
 
 # %% ../../nbs/training/01_checkpointing.ipynb #c4fe0241
 import errno, hashlib, json, os, shutil, signal, sys
@@ -187,3 +187,14 @@ def weights_record(path:str|Path)->dict:   # empty for a file without one
     "The record of its training that a weights file (safetensors) carries, see `trainer.about_run`"
     with safe_open(str(path), 'pt') as f: about = f.metadata() or {}
     return json.loads(about.get('msnlan', '{}')).get('training', {})
+
+def spent(
+    record:dict,   # of `weights_record`
+)->dict:           # steps, patches, hours, machines (of a run and of those that it started from); {} without a record
+    "What weights had cost, from the first random ones on"
+    if not record: return {}
+    before = spent(record.get('init', {}).get('training', {}))
+    machines = [s['machine'] for s in record.get('sessions', [])]
+    return dict(steps=record['steps'] + before.get('steps', 0), patches=record['patches'] + before.get('patches', 0),
+                hours=record['seconds']/3600 + before.get('hours', 0),
+                machines=list(dict.fromkeys([*before.get('machines', []), *machines])))
