@@ -35,12 +35,13 @@ def test_clipping_bounds_the_gradient(tmp_path):
 
 
 def test_averaged_weights(tmp_path):
-    t = Trainer(make_config(small_run(tmp_path, ema=0.5, steps=3)), tmp_path/'run', cpu=True, quiet=True)
+    t = Trainer(make_config(small_run(tmp_path, ema=0.2, steps=3)), tmp_path/'run', cpu=True, quiet=True)
     seen, update = [], t.average.update_parameters
     def watched(net): seen.append(net.head.weight.detach().clone()); update(net)
     t.average.update_parameters = watched
     fit(t)
-    torch.testing.assert_close(load_file(tmp_path/'run/weights.safetensors')['head.weight'], (seen[0]/2 + seen[1]/2)/2 + seen[2]/2)
+    torch.testing.assert_close(load_file(tmp_path/'run/weights.safetensors')['head.weight'],
+                               (seen[0]*2/11 + seen[1]*9/11)*.2 + seen[2]*.8)          # decays 2/11, then 0.2
 
 
 @pytest.mark.parametrize('change', [dict(precision='bf16'),
