@@ -8,7 +8,7 @@ READY  := $(VENV)/.installed
 COMPILE := import torch; from msnlan.attention.operator import patch_attention as f; \
            x = torch.rand(1, 4, 24, 24, requires_grad=True); f(x, x, x).sum().backward()
 
-.PHONY: help setup reproduce test test-all browser lab bench readme notebooks book lock clean
+.PHONY: help setup reproduce test test-all browser lab bench gpu readme notebooks book lock clean
 
 help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -42,6 +42,9 @@ lab: $(READY)  ## JupyterLab in the same environment
 
 bench: $(READY)  ## time and memory of the attention operator
 	@$(BIN)/msnlan bench
+
+gpu:             ## all that a GPU has to show, in ten minutes and resumable; the environment as it is, no network
+	@$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) -m msnlan.benchmarks.gpu
 
 readme: $(READY)  ## write README.md from nbs/index.ipynb
 	@$(BIN)/python tests/readme.py --write

@@ -389,17 +389,20 @@ def data_verify(name:SetName, data_root:DataRoot=None):
 # %% ../nbs/05_cli.ipynb #0a5297e9
 @app.command()
 def bench(
-    what:Annotated[str, typer.Argument(help="attention (the operator) or training")]="attention",
-    out:Annotated[Path, typer.Option('-o', '--out', help='Folder for the JSON')]=Path('reports/benchmarks'),
+    what:Annotated[str, typer.Argument(help="attention (the operator), training, or gpu")]="attention",
+    out:Annotated[Optional[Path], typer.Option('-o', '--out', help='Folder; default: reports/benchmarks')]=None,
+    minutes:Annotated[float, typer.Option(help='gpu: no new task after them; the same command goes on')]=10.,
+    interpret:Annotated[bool, typer.Option('--interpret', help="gpu: all of it at toy sizes, without one")]=False,
 ):
-    """Time and memory of the attention operator, or of training steps, against the definition.
+    """Time and memory of the operator or of training steps, against the definition; all that a GPU has to show.
 
-    Example: msnlan bench training -o reports/benchmarks
+    Example: msnlan bench gpu
     """
-    from msnlan.benchmarks import operator as attention_benchmark, training as training_benchmark
-    rooms = dict(attention=attention_benchmark, training=training_benchmark)
-    if what not in rooms: raise ValueError(f'expected attention or training, found {what!r}')
-    rooms[what].benchmark(out)
+    from msnlan.benchmarks import gpu, operator as attention_benchmark, training as training_benchmark
+    rooms = dict(attention=attention_benchmark, training=training_benchmark, gpu=gpu)
+    if what not in rooms: raise ValueError(f'expected attention, training or gpu, found {what!r}')
+    out = out or Path('runs/benchmarks' if interpret else 'reports/benchmarks')
+    rooms[what].benchmark(out, **dict(minutes=minutes, interpret=interpret) if what == 'gpu' else {})
 
 # %% ../nbs/05_cli.ipynb #117d8c0b
 def main():

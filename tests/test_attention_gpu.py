@@ -2,118 +2,20 @@
 import os, subprocess, sys
 import pytest, torch
 from conftest import ROOT
+from fused_cases import BOUND, CASES, SLOW, check_cases, check_opcheck
 from msnlan.attention import operator
-from msnlan.attention.operator import has_triton, patch_attention, patch_attention_reference
+from msnlan.attention.operator import has_triton, patch_attention
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason='needs Triton')
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-CASES = {  # (N, c', c, H, W), grids of the keys, value scale, patch, options, entries of an array (0: all at once)
-    'levels': ((1, 3, 2, 7, 5), [(7, 6), (4, 5)], 2, 3, {}, 0),
-    'batch_p5': ((2, 2, 2, 6, 5), [(5, 6)], 1, 5, dict(normalize_keys=False), 0),
-    'sparsemax_levels': ((1, 3, 2, 6, 4), [(5, 5), (3, 4)], 1, 3, dict(weighting='sparsemax'), 0),
-    'sparsemax_p1': ((2, 3, 2, 5, 4), [(5, 4)], 1, 1, dict(weighting='sparsemax', normalize_keys=False), 0),
-    'strips': ((1, 2, 2, 14, 3), [(3, 3)], 1, 3, {}, 13*48),
-    'strips_of_keys': ((1, 2, 2, 12, 2), [(12, 2)], 1, 3, {}, 9*11**2)}
-SLOW = {
-    'p7': ((1, 3, 2, 5, 4), [(6, 7)], 1, 7, dict(divisor=6.), 0),
-    'p9': ((1, 2, 3, 6, 5), [(6, 5)], 3, 9, {}, 0), 'three_levels': ((2, 5, 3, 8, 9), [(9, 8), (1, 1), (3, 9)], 2, 5, {}, 0),
-    'one_pixel': ((1, 1, 1, 1, 1), [(1, 1)], 4, 3, {}, 0), 'strips_sparsemax': ((1, 2, 2, 9, 4), [(5, 4), (4, 3)], 1, 3, dict(weighting='sparsemax'), 600),
-    'strips_of_keys_p5': ((1, 2, 2, 14, 4), [(14, 4), (9, 3)], 2, 5, {}, 36*15**2), 'wide': ((1, 8, 8, 20, 17), [(20, 21)], 1, 7, {}, 0)}
 
 
 def in_interpreter(*args, seconds=900):
-    "This file in a process that loads Triton with its interpreter"
-    run = subprocess.run([sys.executable, __file__, *args], capture_output=True, text=True, timeout=seconds, cwd=ROOT,
+    "Checks in a process that loads Triton with its interpreter"
+    run = subprocess.run([sys.executable, ROOT/'tests/fused_cases.py', *args], capture_output=True, text=True, timeout=seconds, cwd=ROOT,
                          env={**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
     return run.stdout
-
-
-def both(case, dtype, unfold=True, device='cpu'):
-    "Output and gradients of the fused kernels and of the definition in float64"
-    from msnlan.attention.gpu import fused_attention
-    (N, c, cv, H, W), grids, s, patch, options, room = case
-    g = torch.Generator().manual_seed(0)
-    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
-    maps = [rand(N, c, H, W)*.3, *(rand(N, c, h, w) for h, w in grids), *(rand(N, cv, s*h, s*w) for h, w in grids)]
-    up, n = rand(N, cv, s*H, s*W), len(grids)
-    def run(f, kind, **kw):
-        a = [t.to(device, dtype).to(kind).requires_grad_() for t in maps]                  # the same rounded inputs
-        out = f(a[0], a[1:n+1], a[n+1:], patch, 4., **options, **kw)
-        return [t.double() for t in (out, *torch.autograd.grad(out, a, up.to(device, kind)))]
-    return run(fused_attention, dtype, unfold=unfold, room=room), run(patch_attention_reference, torch.float64)
-
-
-def relative(a, b): return ((a-b).abs().max()/b.abs().max().clamp_min(1e-30)).item()
-
-
-BOUND = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-
-def check_cases(cases, kinds=(torch.float64, torch.float32), unfold=(True, False), device='cpu'):
-    for name, case in cases.items():
-        for kind in kinds:
-            for u in unfold:
-                got, want = both(case, kind, u, device)
-                worst = max(relative(a, b) for a, b in zip(got, want))
-                assert worst < BOUND[kind], (name, kind, u, worst)
-
-
-def check_cut_really():
-    "The cases called strips are cut as their names say"
-    from msnlan.attention.gpu import cut
-    shape = lambda c: (c[0][0], (c[0][3], c[0][4] + c[3]//2), [(h, w + c[3]//2) for h, w in c[1]], c[3]//2, c[5] or 2**26)
-    for name, case in {**CASES, **SLOW}.items():
-        strips, blocks = cut(*shape(case), case[4].get('weighting') == 'sparsemax')
-        assert (len(strips) > 1) == ('strips' in name), (name, strips)
-        assert (len(blocks) > len(case[1])) == ('of_keys' in name), (name, blocks)
-
-
-def check_zero_keys():
-    q, k, v = torch.randn(1, 2, 4, 4, requires_grad=True), torch.zeros(1, 2, 4, 4, requires_grad=True), torch.randn(1, 2, 4, 4, requires_grad=True)
-    patch_attention(q, k, v, 3, backend='triton').square().sum().backward()
-    assert all(t.grad.isfinite().all() for t in (q, k, v))
-    big = patch_attention(q.detach()*1000, torch.randn(1, 2, 4, 4), v.detach(), 3, backend='triton')
-    assert big.isfinite().all()
-
-
-def check_opcheck(device='cpu', utils=('test_schema', 'test_faketensor', 'test_autograd_registration')):
-    from msnlan.attention.gpu import fused_op
-    rand = lambda *s: torch.rand(*s, device=device).requires_grad_()
-    for sparse in (False, True):
-        args = rand(1, 2, 3, 4), [rand(1, 2, 3, 3)], [rand(1, 3, 3)], [rand(1, 3, 3, 3)], 3, sparse, True, 0
-        assert set(torch.library.opcheck(fused_op, args, test_utils=utils).values()) == {'SUCCESS'}
-
-
-class Block(torch.nn.Module):
-    def __init__(self, weighting='softmax'):
-        super().__init__(); self.conv, self.weighting = torch.nn.Conv2d(2, 4, 3, padding=1), weighting
-
-    def forward(self, x):
-        y = self.conv(x)
-        return patch_attention(y[:, :2], y[:, 2:], y, 3, weighting=self.weighting, backend='triton')
-
-
-def check_compile_and_autocast():
-    block, x = Block(), torch.randn(1, 2, 4, 5)
-    want = block(x)
-    out = torch.compile(block, backend='aot_eager', fullgraph=True)(x)                     # fullgraph: an error at a break
-    assert relative(out, want) < 1e-5
-    out.sum().backward()
-    grad = block.conv.weight.grad.clone(); block.zero_grad(); want.sum().backward()
-    assert relative(grad, block.conv.weight.grad) < 1e-5
-    assert torch._dynamo.explain(block)(x).graph_break_count == 0
-    with torch.autocast('cpu', torch.bfloat16):
-        half = block(x)
-        half.float().sum().backward()
-    assert half.dtype == torch.bfloat16 and relative(half.float(), want) < .05
-
-
-CHECKS = dict(cases=lambda: check_cases(CASES, unfold=(True,), kinds=(torch.float64,)), in_kernel=lambda: check_cases(
-    {k: CASES[k] for k in ('levels', 'sparsemax_p1')}, kinds=(torch.float32,), unfold=(False,)),
-    half=lambda: check_cases({k: CASES[k] for k in ('levels', 'sparsemax_p1')}, (torch.float32, torch.bfloat16, torch.float16), (True,)),
-    cut=check_cut_really, zero=check_zero_keys, opcheck=check_opcheck, compile=check_compile_and_autocast,
-    wide=lambda: (check_cases(CASES), check_cases(SLOW)),
-    opcheck_all=lambda: check_opcheck(utils=('test_schema', 'test_faketensor', 'test_autograd_registration', 'test_aot_dispatch_dynamic')))
 
 
 @pytest.mark.parametrize('names', [['cases'], ['in_kernel', 'half', 'cut', 'zero', 'opcheck', 'compile']], ids=['cases', 'rest'])
@@ -195,7 +97,3 @@ def test_large_on_the_gpu_in_bounded_memory():
     torch.cuda.reset_peak_memory_stats()
     patch_attention(q, k, v, 7, backend='triton').sum().backward()
     assert torch.cuda.max_memory_allocated() < 4e9
-
-
-if __name__ == '__main__':
-    for name in sys.argv[1:]: CHECKS[name](); print(name, flush=True)

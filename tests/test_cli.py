@@ -2,6 +2,7 @@
 import json, os, subprocess, sys
 import numpy as np, pytest
 from conftest import ROOT
+from msnlan.basics import gpu_names
 from msnlan.images import imread, imwrite
 
 def msnlan(*args, cwd=ROOT, data=None, limit=240):
@@ -112,3 +113,11 @@ def test_train_evaluate_look_tabulate(project):
     provenance = json.loads((project/'runs/evaluate/provenance.json').read_text())
     assert provenance['state'] == 'done' and len(provenance['inputs']['skimage-test:1']) == 64
     assert not list(project.glob('runs/.*')), 'nothing half-written stays'
+
+
+@pytest.mark.skipif(bool(gpu_names()), reason='here is a GPU')
+def test_bench_gpu_without_one(project, tmp_path):
+    run = msnlan('bench', 'gpu', '-o', tmp_path/'out', cwd=project)
+    is_one_line_error(run, 'found none', '--interpret')
+    assert 'Not run' in (tmp_path/'out/gpu.md').read_text()
+    is_one_line_error(msnlan('bench', 'gpus', cwd=project), "expected attention, training or gpu, found 'gpus'")

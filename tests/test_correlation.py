@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from conftest import ABSENT
-from test_golden_networks import BLOCK_CASES, Attend, build, read
+from golden_cases import BLOCK_CASES, Attend, build, read
 from msnlan.correlation.recording import attention_layers, correlation_maps, record, record_attention
 from msnlan.images import to_tensor
 from msnlan.models.layers import Embedding, PatchAttention

@@ -82,16 +82,21 @@ def cases(
     return out
 
 # %% ../../nbs/benchmarks/00_operator.ipynb #2ee782d9
-def build(case, method, device='cpu'):
+def build(
+    case,         # an entry of `cases`
+    method,       # a name of `METHODS`, or a function like `patch_attention`
+    device='cpu',
+):
     "A function of nothing that runs the case forward, and the tensors that want a gradient"
     torch.manual_seed(0)
+    attention = METHODS[method] if isinstance(method, str) else method
     if 'block' in case:
-        model = Branches(case['block'], METHODS[method]).to(device)
+        model = Branches(case['block'], attention).to(device)
         x = torch.rand(case['input'], device=device)
         return lambda: model(x), [x.requires_grad_(), *model.parameters()]
     rand = lambda shape: torch.randn(shape, device=device).mul_(.3).requires_grad_()
     q, ks, vs = rand(case['query']), [rand(s) for s in case['keys']], [rand(s) for s in case['values']]
-    return lambda: METHODS[method](q, ks, vs, **case['options']), [q, *ks, *vs]
+    return lambda: attention(q, ks, vs, **case['options']), [q, *ks, *vs]
 
 # %% ../../nbs/benchmarks/00_operator.ipynb #f85df2b2
 def once(run, inputs, backward, device='cpu', autocast=None):

@@ -26,20 +26,25 @@ def build_step(
     config:dict,         # further keywords: scale, n_feats, ...
     patch:int,           # side of an input patch
     batch:int,           # patches a step
-    method:str='ours',   # of `BACKEND`
+    method:str='ours',   # of `BACKEND`, or a backend
     device:str='cpu',
     precision:str='no',  # 'no' or 'bf16'
+    channels_last:bool=False,
+    compile:str='',      # backend of `torch.compile`; empty: not compiled
 ):                       # function of nothing: one step, returns its loss
     "A training step of a network that sees the same batch again and again"
     torch.manual_seed(0)
     net = create_model(model, **config).to(device)
     for m in net.modules():
-        if isinstance(m, PatchAttention): m.backend = BACKEND[method]
+        if isinstance(m, PatchAttention): m.backend = BACKEND.get(method, method)
+    if channels_last: net.to(memory_format=torch.channels_last)
+    run = torch.compile(net, backend=compile) if compile else net
     adam = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-4)
     lr = torch.rand(batch, net.n_colors, patch, patch, device=device)
+    if channels_last: lr = lr.to(memory_format=torch.channels_last)
     hr = torch.rand(batch, net.n_colors, patch*net.scale, patch*net.scale, device=device)
     def step():
-        with torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'): out = net(lr)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'): out = run(lr)
         loss = (out.float() - hr).abs().mean()
         adam.zero_grad()
         loss.backward()
