@@ -16,7 +16,7 @@ from torch import Tensor
 
 # %% ../../nbs/attention/00_operator.ipynb #e8f93e9b
 def has_numba()->bool: # can the compiled CPU kernels be used?
-    "Whether numba is installed (`pip install msnlan[fast]`)"
+    "Whether numba is installed (`pip install numba`)"
     return importlib.util.find_spec('numba') is not None
 
 # %% ../../nbs/attention/00_operator.ipynb #afe4d77d

@@ -453,7 +453,7 @@ def serve(
     side = settings.get('side', SIDES[2])
     if not 8 <= side <= SIDES[-1]: raise ValueError(f'side is {side}; expected 8 to {SIDES[-1]} pixels')
     if find_spec('voila') is None:
-        raise ImportError("the page needs voila: pip install 'msnlan[explore]' (JupyterLab needs no more)")
+        raise ImportError("the page needs voila: pip install voila (JupyterLab needs no more)")
     for name in 'picture', 'model':
         if Path(settings.get(name, '')).is_file(): settings[name] = str(Path(settings[name]).absolute())
     paths = [str(files('msnlan.correlation')/'static'), os.environ.get('JUPYTER_PATH', '')]

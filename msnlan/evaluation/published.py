@@ -9,6 +9,7 @@ __all__ = ['PUBLISHED', 'TASK_NAMES', 'INPUT_NAMES', 'read_published', 'join_pub
 import os
 from pathlib import Path
 import pandas as pd
+from ..basics import project_folder
 from ..data.registry import set_info
 
 # %% ../../nbs/evaluation/01_published.ipynb #eb691a0e
@@ -16,10 +17,10 @@ PUBLISHED = ['task', 'method', 'dataset', 'setting', 'psnr', 'ssim', 'params', '
 
 # %% ../../nbs/evaluation/01_published.ipynb #a638e204
 def read_published(
-    folder:str|os.PathLike,  # with csv files: task, method, dataset, setting, psnr_db, ssim, params, source
+    folder:str|os.PathLike|None=None,  # with csv files that have task, method, ... source; none: the project's
 )->pd.DataFrame:             # columns `PUBLISHED`; empty numbers are missing values
     "All published scores of a folder, sets in the registry's spelling; other tables are passed over"
-    folder, parts = Path(folder), []
+    folder, parts = Path(folder or project_folder('published')), []
     if not folder.is_dir(): raise FileNotFoundError(f'expected a folder of tables at {folder}, found none')
     for f in sorted(folder.glob('*.csv')):
         t = pd.read_csv(f)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Step', 'read_json', 'reason', 'plan_of', 'chosen', 'visible_gpus', 'claim_gpu', 'run_job', 'lasted', 'Watch',
-           'spoken', 'follow', 'snakemake_command', 'Outcome', 'outcome', 'fetch_sets', 'snakemake_options', 'drive',
-           'reproduce', 'describe_plan']
+           'spoken', 'follow', 'snakemake_command', 'Outcome', 'outcome', 'fetch_sets', 'profile_folder',
+           'snakemake_options', 'drive', 'reproduce', 'describe_plan']
 
 # %% ../../nbs/reproduce/04_plan.ipynb #f3c00136
 import fcntl, json, os, shutil, subprocess, sys, time
@@ -15,7 +15,7 @@ from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..basics import write_json
+from ..basics import project_folder, write_json
 from .fingerprints import DATA, differences, digest, fingerprints, used
 from .presets import Job, load_preset
 from .provenance import RunError, now, only_one, run_notebook
@@ -231,10 +231,10 @@ def snakemake_command(
     threads:int=1,     # of each job whose preset does not say
     gpus:int=0,        # none: jobs ask for no GPU
 )->list:
-    "Snakemake's command line on the project's Snakefile"
-    root = project_root()
-    return [sys.executable, '-m', 'snakemake', '--snakefile', str(root/'nbs/experiments/Snakefile'),
-            '--config', f'preset={preset}', f'folder={folder}', f'threads={threads}', f'gpus={gpus}', *options]
+    "Snakemake's command line on the Snakefile beside the presets"
+    return [sys.executable, '-m', 'snakemake', '--snakefile', str(project_folder('experiments')/'Snakefile'),
+            '--config', f'preset={preset}', f'folder={folder}', f'start={Path.cwd()}', f'threads={threads}',
+            f'gpus={gpus}', *options]
 
 # %% ../../nbs/reproduce/04_plan.ipynb #bd2071f3
 @dataclass
@@ -271,10 +271,21 @@ def fetch_sets(steps:dict):
         try: load_dataset(name)
         except (OSError, ValueError): pass
 
+# %% ../../nbs/reproduce/04_plan.ipynb #f05a22fb
+def profile_folder(
+    name:str,   # of a profile that comes with the project, or a folder with a config.yaml
+)->Path:
+    "Folder of a Snakemake profile; `FileNotFoundError` with the names there are"
+    own = project_folder('experiments')/'profiles'
+    for path in (Path(name).absolute(), own/name):
+        if (path/'config.yaml').is_file(): return path
+    names = ', '.join(sorted(p.parent.name for p in own.glob('*/config.yaml')))
+    raise FileNotFoundError(f'--profile {name}: expected a folder with a config.yaml, or one of {names}')
+
 # %% ../../nbs/reproduce/04_plan.ipynb #632c9c06
 def snakemake_options(jobs:int, gpus:int, keep_going:bool, profile:str|None, work:Path)->list:
     "Snakemake's options for a run on this machine, or with the executor of a profile"
-    if profile: options = ['--workflow-profile', str(Path(profile).absolute())]
+    if profile: options = ['--workflow-profile', str(profile_folder(profile))]
     else: options = ['--cores', str(os.cpu_count() or 1), '--jobs', str(jobs),
                      *(['--resources', f'gpu={gpus}'] if gpus else [])]
     return ['--directory', str(work), *options, *(['--keep-going'] if keep_going else [])]

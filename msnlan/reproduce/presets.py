@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Loader', 'line_of', 'JobSpec', 'PresetSpec', 'PresetError', 'complain', 'check_schema', 'Value', 'fill',
-           'placeholders', 'spread', 'Job', 'as_values', 'expand_one', 'blame', 'expand', 'in_order', 'preset_path',
-           'load_preset']
+           'placeholders', 'spread', 'Job', 'as_values', 'expand_one', 'blame', 'expand', 'in_order', 'list_presets',
+           'preset_path', 'load_preset', 'describe_presets', 'new_preset']
 
 # %% ../../nbs/reproduce/02_presets.ipynb #ba4fd915
 import re
@@ -19,7 +19,8 @@ from typing import Any, Optional
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .runs import check_parameters, notebook_parameters, notebook_path, project_root
+from ..basics import project_folder, write_bytes
+from .runs import check_parameters, notebook_parameters, notebook_path
 
 # %% ../../nbs/reproduce/02_presets.ipynb #f8217a70
 class Loader(yaml.SafeLoader):
@@ -246,19 +247,23 @@ def in_order(
         out.append(ready[0]); rest.remove(ready[0])
     return out
 
+# %% ../../nbs/reproduce/02_presets.ipynb #bf1e5b6e
+def list_presets()->list:   # names
+    "Names of the presets that come with the project"
+    return sorted(p.stem for p in (project_folder('experiments')/'presets').glob('*.yaml'))
+
 # %% ../../nbs/reproduce/02_presets.ipynb #f64ecccd
 def preset_path(name:str)->Path:
     "File of a preset; raises `FileNotFoundError` with the names there are"
-    folder = project_root()/'nbs/experiments/presets'
-    path = Path(name) if name.endswith(('.yaml', '.yml')) else folder/f'{name}.yaml'
+    own = project_folder('experiments')/f'presets/{name}.yaml'
+    path = Path(name) if name.endswith(('.yaml', '.yml')) else own
     if path.is_file(): return path
-    names = ', '.join(sorted(p.stem for p in folder.glob('*.yaml')))
-    raise FileNotFoundError(f'no preset {name!r}; expected a YAML file or one of: {names}')
+    raise FileNotFoundError(f"no preset {name!r}; expected a YAML file or one of: {', '.join(list_presets())}")
 
 # %% ../../nbs/reproduce/02_presets.ipynb #d1ab9ffe
 def load_preset(
     name:str,     # 'smoke', 'benchmarks', ... or a path of a YAML file
-)->dict:          # 'name', 'title', 'about', 'committed', 'jobs' (list of Job)
+)->dict:          # 'name', 'file', 'title', 'about', 'committed', 'jobs' (list of Job)
     "Read and check a preset; raises `PresetError` with the line of a mistake"
     path = preset_path(name)
     text = path.read_text()
@@ -269,5 +274,23 @@ def load_preset(
     except ValueError as e: raise PresetError(f'{path}, {e}') from None
     if not isinstance(data, dict): raise PresetError(f'{path}, line 1: expected keys such as title and jobs')
     spec = check_schema(data, node, path)
-    return dict(name=path.stem, title=spec.title or path.stem, about=spec.about, committed=spec.committed,
-                jobs=expand(spec, node, path))
+    jobs = expand(spec, node, path)
+    return dict(name=path.stem, file=str(path), title=spec.title or path.stem, about=spec.about,
+                committed=spec.committed, jobs=jobs)
+
+# %% ../../nbs/reproduce/02_presets.ipynb #0ef703eb
+def describe_presets()->str:
+    "The presets that come with the project, a line each: runs, first sentence"
+    found = [load_preset(n) for n in list_presets()]
+    first = lambda p: re.split(r'(?<=[.:;]) ', ' '.join(p['about'].split()))[0].rstrip('.:;')
+    return '\n'.join(f"{p['name']:16} {len(p['jobs']):3} runs  {first(p)}" for p in found)
+
+# %% ../../nbs/reproduce/02_presets.ipynb #3e27d7cf
+def new_preset(
+    path:str|Path,    # ends in .yaml
+)->Path:
+    "Write a commented preset to start from; `FileExistsError` where a file is, which stays"
+    path = Path(path)
+    if path.suffix not in ('.yaml', '.yml'): raise ValueError(f'{path}: expected a name ending in .yaml')
+    if path.exists(): raise FileExistsError(f'{path} is there already and stays as it is; expected a new name')
+    return write_bytes(path, (project_folder('experiments')/'template.yaml').read_bytes())

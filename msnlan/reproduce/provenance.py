@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from ..basics import cpu_name, file_hash, git_state, gpu_names, replace_folder, write_json
+from ..basics import clone_of_package, cpu_name, file_hash, git_state, gpu_names, replace_folder, write_json
 from .runs import check_parameters, notebook_parameters, notebook_path, project_root
 
 # %% ../../nbs/reproduce/01_provenance.ipynb #65619583
@@ -21,10 +21,10 @@ PACKAGES = ['torch', 'numpy', 'scikit-image', 'pandas', 'matplotlib', 'papermill
 
 def environment()->dict:
     "Code, packages and machine of this process, JSON-able"
-    root = project_root()
-    lock = root/'requirements.lock'
+    root = clone_of_package()
+    lock = root/'requirements.lock' if root else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return dict(git=git_state(root), msnlan=version('msnlan'), lock=file_hash(lock) if lock.exists() else None,
+    return dict(git=git_state(root), msnlan=version('msnlan'), lock=file_hash(lock) if lock and lock.exists() else None,
                 python=platform.python_version(), packages={p: version(p) for p in PACKAGES},
                 system=platform.platform(), host=platform.node(), cpu=cpu_name(), cores=os.cpu_count(),
                 threads=int(os.environ.get('OMP_NUM_THREADS') or cores), gpus=gpu_names())
@@ -138,7 +138,7 @@ def execute(
     with open(log, 'a') as f: f.write(f"{now()} {record['notebook']} starts\n")
     try: execute_notebook(str(path), str(folder/'notebook.ipynb'), parameters, cwd=str(folder), engine_name='msnlan',
                           record=record, kernel_name='python3', progress_bar=False,
-                          extra_arguments=['--log-level=ERROR'], stdout_file=Log(log),
+                          extra_arguments=['--log-level=CRITICAL'], stdout_file=Log(log),
                           stderr_file=Log(log, None if quiet else sys.stderr))
     except PapermillExecutionError as e: raise RunError(f'{e.evalue or e.ename}') from None
     finally:

@@ -11,7 +11,7 @@ __all__ = ['NOTEBOOK', 'STYLE', 'TOP', 'MIDDLE', 'BOTTOM', 'GALLERIES', 'read_ru
 import json, re, shutil
 from pathlib import Path
 
-from ..basics import replace_folder, write_bytes, write_json
+from ..basics import project_folder, replace_folder, write_bytes, write_json
 from .provenance import environment, now
 
 # %% ../../nbs/reproduce/06_report.ipynb #8ec6baff
@@ -245,16 +245,17 @@ def machine(env:dict)->list:   # (name, value)
 
 # %% ../../nbs/reproduce/06_report.ipynb #080f6f5e
 def commands(
-    preset:str,      # name
+    preset:dict,     # as `load_preset` gives
     env:dict,
     table:str='',    # name of a table, for an example
 )->list:             # of text
     "The commands that make the page again and look behind it"
-    commit = env['git']['commit']
-    return [*([f'git checkout {commit}'] if commit else []), f'make reproduce PRESET={preset}',
-            f'msnlan reproduce {preset} --dry-run        # what would run, and why',
-            *([f"msnlan why 'reports/{preset}/tables/{table}.csv[1,2]'   # the trail of one cell"] if table else []),
-            f'snakemake --snakefile nbs/experiments/Snakefile --config preset={preset} --cores all']
+    commit, name = env['git']['commit'], preset.get('file', preset['name'])
+    name = preset['name'] if Path(name).parent == project_folder('experiments')/'presets' else name
+    start = f'git checkout {commit}' if commit else f"pip install msnlan=={env['msnlan']}"
+    why = [f"msnlan why 'reports/{preset['name']}/tables/{table}.csv[1,2]'   # the trail of a cell"]
+    return [start, f'msnlan reproduce {name}', f'msnlan reproduce {name} --dry-run        # what would run, and why',
+            *(why if table else [])]
 
 # %% ../../nbs/reproduce/06_report.ipynb #fd497165
 def write_report(
@@ -279,5 +280,5 @@ def write_report(
         style=STYLE, title=preset['title'], about=preset['about'], time=now(), env=env, preset=preset['name'],
         failures=failures, waiting=waiting, total=len(names), committed=committed,
         spent=f'{minutes:.1f} min', machine=machine(env),
-        commands=commands(preset['name'], env, next((t['name'] for t in shown['tables']), '')), **shown)
+        commands=commands(preset, env, next((t['name'] for t in shown['tables']), '')), **shown)
     return write_bytes(folder/'index.html', page.encode())

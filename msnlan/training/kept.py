@@ -9,7 +9,7 @@ __all__ = ['FREE', 'TOLERANCE', 'kept_file', 'check_recipe', 'score_again', 'kee
 import json, shutil
 from pathlib import Path
 
-from ..basics import file_hash, write_json
+from ..basics import file_hash, project_folder, write_json
 from ..models.zoo import load_model, shipped_file
 from .checkpointing import weights_record
 from .feed import validate, validation_pairs
@@ -18,8 +18,9 @@ from .trainer import recipe_of
 
 # %% ../../nbs/training/04_kept.ipynb #4e970006
 def kept_file(name:str|Path)->Path:
-    "A weights file by its path, or by the name of shipped weights; `FileNotFoundError` without one"
-    path = Path(name) if Path(name).suffix == '.safetensors' else shipped_file(str(name))
+    "A weights file by its path or a name, of kept or shipped weights; `FileNotFoundError` without one"
+    own = project_folder('kept')/f'{name}.safetensors'
+    path = Path(name) if Path(name).suffix == '.safetensors' else own if own.is_file() else shipped_file(str(name))
     if path.is_file(): return path
     raise FileNotFoundError(f'kept: expected a .safetensors file or a name of shipped weights, found {str(name)!r}')
 

@@ -11,7 +11,7 @@ import json, math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from ..basics import as_type
+from ..basics import as_type, project_folder
 
 # %% ../../nbs/training/00_recipes.ipynb #8443a741
 @dataclass
@@ -85,18 +85,14 @@ def make_config(settings:dict)->TrainConfig:
     return cfg
 
 # %% ../../nbs/training/00_recipes.ipynb #22017a96
-def recipes_folder()->Path|None:
-    "`nbs/experiments/recipes` of the project around this folder or around the package; None outside a clone"
-    for start in (Path.cwd(), Path(__file__).resolve() if '__file__' in globals() else Path.cwd()):
-        for p in (start, *start.parents):
-            if (p/'nbs/experiments/recipes').is_dir(): return p/'nbs/experiments/recipes'
-    return None
+def recipes_folder()->Path:
+    "Folder of the recipes that come with the project"
+    return project_folder('experiments')/'recipes'
 
 # %% ../../nbs/training/00_recipes.ipynb #16cbc4de
 def list_recipes()->list:   # names
     "Names of the recipes that come with the project"
-    folder = recipes_folder()
-    return sorted(p.stem for p in folder.glob('*.yaml')) if folder else []
+    return sorted(p.stem for p in recipes_folder().glob('*.yaml'))
 
 # %% ../../nbs/training/00_recipes.ipynb #fbf5d9e9
 def find_recipe(name:str|Path)->Path:
@@ -104,9 +100,8 @@ def find_recipe(name:str|Path)->Path:
     if Path(name).suffix in ('.yaml', '.yml', '.json'):
         if Path(name).is_file(): return Path(name)
     elif str(name) in list_recipes(): return recipes_folder()/f'{name}.yaml'
-    names = ', '.join(list_recipes()) or '(none: not in a clone of the project)'
     raise FileNotFoundError(f"no recipe '{name}'; expected a JSON or YAML file with settings of TrainConfig, "
-                            f'or one of: {names}')
+                            f"or one of: {', '.join(list_recipes())}")
 
 # %% ../../nbs/training/00_recipes.ipynb #56096171
 def load_recipe(
