@@ -228,22 +228,26 @@ app.add_typer(models_app, name='models')
 
 @models_app.callback(invoke_without_command=True)
 def models(context:typer.Context):
-    """The systems and their variants: parameters, tasks, scales, shipped weights.
+    """The weights that come with the package and what they score; the systems and variants: parameters, tasks, scales.
 
     Example: msnlan models
     """
     if context.invoked_subcommand: return
     import torch
+    from msnlan.models.cards import shipped_rows
     from msnlan.models.zoo import create_model, list_models
-    shipped = list_models(pretrained=True)
-    typer.echo(f"{'name':14} {'task':9} {'scale':>5} {'parameters':>12}  weights")
+    typer.echo(f"{'weights':22} {'task':9} {'scale':>5} {'parameters':>12}  PSNR, dB")
+    for row in shipped_rows():
+        scores = ', '.join(f"{s['dataset']} {s['psnr']:.2f} ({s['bicubic_psnr']:.2f})" for s in row['scores'])
+        typer.echo(f"{row['name']:22} {row['task']:9} {row['scale']:>5} {row['parameters']:>12,}  {scores or 'not measured'}")
+    typer.echo("In brackets: the input itself, for super-resolution its bicubic.\n")
+    typer.echo(f"{'to train':22} {'task':9} {'scale':>5} {'parameters':>12}")
     for name in list_models():
         tasks = [dict(task=t) for t in RESTORATION if name == 'panet']
         for settings in [dict(scale=s) for s in (2, 3, 4)] + tasks:
             with torch.device('meta'): net = create_model(name, **settings)
             n = sum(p.numel() for p in net.parameters())
-            weights = 'shipped' if f'{name}-x{net.scale}' in shipped else '-'
-            typer.echo(f'{name:14} {net.task:9} {net.scale:>5} {n:>12,}  {weights}')
+            typer.echo(f'{name:22} {net.task:9} {net.scale:>5} {n:>12,}')
 
 # %% ../nbs/05_cli.ipynb #be2cdf3a
 @models_app.command('card')

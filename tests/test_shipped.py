@@ -1,0 +1,50 @@
+"""The networks that come with the package: what they were trained on, what they score, what their files say."""
+import json
+import pytest
+from msnlan.data.registry import registry
+from msnlan.data.sets import lookalikes
+from msnlan.evaluation.scores import evaluate
+from msnlan.models.cards import kept_scores
+from msnlan.models.zoo import list_models, load_model, weights_folder
+from msnlan.training.checkpointing import spent, weights_record
+
+NAMES = list_models(pretrained=True)
+TRAINED = sorted({d for n in NAMES for d in weights_record(weights_folder()/f'{n}.safetensors')['recipe']['data']})
+SCORED = ['Set5', 'Set14', 'B100', 'Urban100', 'CBSD68', 'McMaster18', 'Classic5']
+QUICK = 'Set5', 'Classic5'
+
+
+def test_no_scored_picture_was_trained_on():
+    known = registry()
+    hashes = lambda sets: set(known[known.dataset.isin(sets)].pixels_sha256) - {''}
+    assert len(hashes(['BSDS400'])) == 399 and len(hashes(SCORED)) > 200
+    assert hashes(TRAINED) & hashes(SCORED) == set()
+
+
+@pytest.mark.slow
+def test_no_scored_picture_looks_like_one_trained_on(data_root):
+    scored = [s.replace('Urban100', 'Urban100:50') for s in SCORED]
+    assert lookalikes(TRAINED, [*scored, 'skimage-test'], data_root=data_root) == []
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_files_say_what_they_had_cost(name):
+    path = weights_folder()/f'{name}.safetensors'
+    record, cost = weights_record(path), spent(weights_record(path))
+    assert path.stat().st_size <= 2_000_000
+    assert record['recipe']['validation'] == ['skimage-test'] and record['steps'] == record['recipe']['steps']
+    assert cost['patches'] >= record['steps']*record['recipe']['batch'] and cost['hours'] > 0 and cost['machines']
+    assert all(len(s['commit']) == 40 for s in record['sessions'])
+    scores = kept_scores(path)
+    assert scores and all(s['psnr'] > s['bicubic_psnr'] for s in scores), 'better than doing nothing on every set'
+
+
+@pytest.mark.parametrize('name', [pytest.param(n, marks=[] if n == 'msnlan-tiny-x2' else pytest.mark.slow) for n in NAMES])
+def test_scored_anew_they_give_their_cards_digits(name, data_root, request):
+    path, net = weights_folder()/f'{name}.safetensors', load_model(name)
+    whole = request.config.getoption('--all')
+    for card in kept_scores(path):
+        if card['dataset'].startswith(('Urban100', 'B100', 'CBSD68')) or not (whole or card['dataset'] in QUICK): continue
+        options = dict(scale=net.scale) if net.task == 'sr' else dict(task=net.task, setting=weights_record(path)['recipe']['level'] or None)
+        now = evaluate(net, card['dataset'], **options, tile='chop', data_root=data_root, progress=False)
+        assert (round(now.psnr.mean(), 2), round(now.ssim.mean(), 4)) == (round(card['psnr'], 2), round(card['ssim'], 4)), card['dataset']
