@@ -419,20 +419,21 @@ def data_verify(name:SetName, data_root:DataRoot=None):
 # %% ../nbs/05_cli.ipynb #0a5297e9
 @app.command()
 def bench(
-    what:Annotated[str, typer.Argument(help="attention (the operator), training, or gpu")]="attention",
+    what:Annotated[str, typer.Argument(help="attention (the operator), training, photo, or gpu")]="attention",
     out:Annotated[Optional[Path], typer.Option('-o', '--out', help='Folder; default: reports/benchmarks')]=None,
-    minutes:Annotated[float, typer.Option(help='gpu: no new task after them; the same command goes on')]=10.,
+    minutes:Annotated[float, typer.Option(help='gpu: no new task after them; photo: no picture that takes longer')]=10.,
     interpret:Annotated[bool, typer.Option('--interpret', help="gpu: all of it at toy sizes, without one")]=False,
 ):
-    """Time and memory of the operator or of training steps, against the definition; all that a GPU has to show.
+    """Time and memory of the operator, of training steps, of a photograph; all that a GPU has to show.
 
     Example: msnlan bench gpu
     """
-    from msnlan.benchmarks import gpu, operator as attention_benchmark, training as training_benchmark
-    rooms = dict(attention=attention_benchmark, training=training_benchmark, gpu=gpu)
-    if what not in rooms: raise ValueError(f'expected attention, training or gpu, found {what!r}')
+    from importlib import import_module
+    rooms = dict(attention='operator', training='training', photo='photo', gpu='gpu')
+    if what not in rooms: raise ValueError(f"expected {', '.join(rooms)}, found {what!r}")
     out = out or Path('runs/benchmarks' if interpret else 'reports/benchmarks')
-    rooms[what].benchmark(out, **dict(minutes=minutes, interpret=interpret) if what == 'gpu' else {})
+    more = dict(gpu=dict(minutes=minutes, interpret=interpret), photo=dict(minutes=minutes)).get(what, {})
+    import_module(f'msnlan.benchmarks.{rooms[what]}').benchmark(out, **more)
 
 # %% ../nbs/05_cli.ipynb #117d8c0b
 def main():

@@ -8,7 +8,7 @@ from msnlan.images import imread, imwrite
 SEEDS = dict(OMP_NUM_THREADS='1', NUMBA_NUM_THREADS='1')
 
 
-def run(*command, limit=600, **more):
+def run(*command, limit=1800, **more):
     return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=limit, **more)
 
 

@@ -71,8 +71,9 @@ def as_markdown(report:dict)->str:
         ratio = f"{r['cpu_seconds']/authors[size(r)]:.2f}" if size(r) in authors else ''
         lines.append(f"| {size(r)} | {r['method']} | {r['rounds']} | {r['seconds']:.1f} | {r['cpu_seconds']:.1f} "
                      f"| {ratio} | {r['peak_mb']:.0f} |")
-    left = [f"{size(s)} {s['method']}, about {s['cpu_seconds']/60:.0f} processor minutes" for s in report['left_out']]
-    return '\n'.join([*lines, '', *(['Not run, by forecast: ' + '; '.join(left) + '.'] if left else [])]) + '\n'
+    left = [f"{size(s)} {s['method']} (about {s['cpu_seconds']/60:.0f} min)" for s in report['left_out']]
+    if left: lines += ['', f"Not run, by forecast of processor time: {', '.join(left)}."]
+    return '\n'.join(lines) + '\n'
 
 # %% ../../nbs/benchmarks/03_photo.ipynb #0cf707f1
 def benchmark(
