@@ -340,18 +340,6 @@ def test_some_layers_only():
     assert features.nbytes < record(net, noise(6, 7, 3)).nbytes
 
 
-def test_survey_is_the_maps_together(monkeypatch):
-    features = record(small('csnln'), noise(11, 14, 3))
-    raster = features.survey(1, 11, 14)
-    assert raster['effective_keys'].shape == (11, 14) == raster['distance'].shape
-    for (y, x), i in zip(raster['points'], range(0, 154, 17)):
-        i, j = round(y), round(x)
-        (m,) = features.maps([(i, j)], 1)
-        assert math.isclose(raster['effective_keys'][i, j], m.effective_keys[0], rel_tol=1e-4)
-        assert math.isclose(raster['distance'][i, j], m.distance[0], rel_tol=1e-4)
-        assert math.isclose(raster['largest'][i, j], m.weights.max(), rel_tol=1e-4)
-
-
 # ---- cost --------------------------------------------------------------------------------------------------------
 
 def resident():

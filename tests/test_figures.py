@@ -61,7 +61,7 @@ def test_files_are_vector_and_the_same_again(tmp_path):
     made = [[f.read_bytes() for f in drawing.save_figure_as(figures.compare_scales([features, features], [(3, 3), (9, 9)]), tmp_path/str(i)/'x')]
             for i in range(2)]
     assert made[0] == made[1] and made[0][0].startswith(b'%PDF') and b'/Type /Font' in made[0][0] and made[0][1][:4] == b'\x89PNG'
-    assert Image.open(io.BytesIO(made[0][1])).width == 1440
+    assert Image.open(io.BytesIO(made[0][1])).width == 1432
 
 
 def test_a_map_is_bright_where_the_weight_is():

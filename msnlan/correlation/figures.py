@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['of_kind', 'summary', 'compare_scales', 'part', 'engaged_patches', 'branches', 'name_of', 'show_ranks', 'thresholds',
-           'pyramid_levels', 'show_shares', 'show_level', 'spread', 'figure_set']
+           'pyramid_levels', 'show_shares', 'show_level', 'norm_of', 'show_number', 'show_directions', 'overview',
+           'spread', 'figure_set']
 
 # %% ../../nbs/correlation/03_figures.ipynb #9e643454
 import numpy as np
@@ -13,8 +14,10 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from .recording import Features
-from .drawing import (MATCHES, OKABE_ITO, QUERY, STYLE, cut_patch, mark_query, new_figure, outline,
-    save_figure_as, scale_bar, shade, show_map, show_patch, show_picture, span, strength)
+from msnlan.correlation.drawing import (MATCHES, OKABE_ITO, QUERY, STYLE, cut_patch, inches, mark_query,
+    new_figure, outline, rows_of, save_figure_as, scale_bar, shade, show_map, show_patch, show_picture, span,
+    strength)
+from .surveys import NUMBERS, Survey, survey
 from .maps import CorrelationMap
 
 # %% ../../nbs/correlation/03_figures.ipynb #2ba824eb
@@ -34,9 +37,9 @@ def summary(
     m:CorrelationMap,
     point:int=0,
 )->str:
-    "Effective keys and mean distance, for a title"
+    "Effective keys and mean distance, for a title of two lines"
     keys, far = m.effective_keys[point], m.distance[point]
-    return f'{keys:.{int(keys < 10)}f} keys, {far:.{int(far < 10)}f} px'
+    return f'{keys:.{int(keys < 10)}f} effective keys,\nmean distance {far:.{int(far < 10)}f} px'
 
 # %% ../../nbs/correlation/03_figures.ipynb #f95631e7
 def compare_scales(
@@ -47,11 +50,11 @@ def compare_scales(
     groups:int=2,           # pictures side by side
     scale:str='log',        # see `drawing.strength`
     decades:float|None=None,# powers of ten of the log scale; none: as the maps need
+    width='double',         # 'single', 'double' column, or inches
 ):                          # matplotlib figure
     "Input, in-scale and cross-scale map of several pictures (Mei et al. 2020, Figure 6)"
-    groups = min(groups, len(features))
-    rows, width = -(-len(features)//groups), 7.2 if groups > 1 else 5.4
-    cell = width/(3*groups)
+    groups, width = min(groups, len(features)), inches(width)
+    rows, cell = -(-len(features)//groups), (width - .5)/(3*groups)
     tall = max(f.size[0]/f.size[1] for f in features)
     fig, axes = new_figure(rows, 3*groups, (width, rows*(cell*min(tall, 1.6) + .22)))
     calls = [(of_kind(f, 'in-scale', 'region')[turn], of_kind(f, 'cross-scale')[turn]) for f in features]
@@ -61,7 +64,7 @@ def compare_scales(
         for ax in axes.flat[3*len(features):]: ax.axis('off')
         for i, (f, (within, cross)) in enumerate(zip(features, maps)):
             three = axes.flat[3*i:3*i+3]
-            show_picture(three[0], f.image, names[i] if names else 'input'); mark_query(three[0], within)
+            show_picture(three[0], f.image, names[i] if names else f.name or 'input'); mark_query(three[0], within)
             show_map(three[1], f.image, within, 0, scale, decades, title='in-scale')
             show_map(three[2], f.image, cross, 0, scale, decades, title='cross-scale')
         scale_bar(fig, list(axes.flat), scale, decades)
@@ -82,24 +85,29 @@ def engaged_patches(
     n:int=5,                # how many patches
     context:float=3.,       # side of what is shown enlarged, in sides of the patch
     apart:float|None=None,  # least distance of the patches, pixels; none: the side of the query's patch
+    least:float=0.,         # no patch of a weight below this part of the largest
     title:str='',
+    width='double',         # 'single', 'double' column, or inches
 ):                          # matplotlib figure
     "The patches of the largest weights, numbered in the picture and enlarged (Mei et al. 2020, Figure 1)"
     if call is None: call = ([c for c in features.calls if c.kind == 'cross-scale'] or features.calls)[-1]
     (m,), (H, W) = features.maps([point], call), features.size
     side = m.query_box()[2] if apart is None else apart
-    found, columns = m.matches(0, n, side), -(-(n + 1)//2)
-    tall = 3.2*min(max(H/W, .5), 1.5)
-    fig, axes = new_figure(1, 2, (3.3 + tall*columns/2, tall + .25), width_ratios=[3.2, tall*columns/2])
+    found, columns, width = m.matches(0, n, side, least), -(-(n + 1)//2), inches(width)
+    shape = min(max(H/W, .5), 1.5)
+    large = (width - .3)/(1 + shape*columns/2)                       # of the picture, so that both are as high
+    fig, axes = new_figure(1, 2, (width, large*shape + .55), width_ratios=[large, large*shape*columns/2])
     with rc_context(STYLE):
         fig.delaxes(axes[0, 1])
         small = fig.add_subfigure(axes[0, 1].get_subplotspec()).subplots(2, columns, squeeze=False)
-        show_picture(axes[0, 0], features.image, title or f'{m.kind}, {summary(m)}')
+        show_picture(axes[0, 0], features.image, title or f'{features.name}, {m.kind}: {summary(m)}')
         for i, f in enumerate(found): outline(axes[0, 0], f.box, MATCHES[i % 6], label=str(i + 1))
         mark_query(axes[0, 0], m)
         for ax in small.flat: ax.axis('off')
         shown = [(m.query_box(), QUERY, 'query')]
-        shown += [(f.box, MATCHES[i % 6], f'{i + 1}: {part(f.weight)}') for i, f in enumerate(found)]
+        sums = np.cumsum([f.weight for f in found])
+        shown += [(f.box, MATCHES[i % 6], f'{i + 1}: {part(f.weight)}\nsum {part(sums[i])}')
+                  for i, f in enumerate(found)]
         for ax, (box, color, name) in zip(small.flat, shown):
             show_patch(ax, features.image, box, color, context, name); ax.axis('on')
     return fig
@@ -110,19 +118,20 @@ def branches(
     point:tuple,        # query (row, column)
     calls=None,         # which calls; none: all
     boxes:int=3,        # matched patches to outline
-    columns:int=4,      # panels side by side, the picture included
+    columns:int=4,      # panels side by side at most, the picture included
     scale:str='log',    # see `drawing.strength`
     decades:float|None=None, # powers of ten of the log scale; none: as the maps need
+    width='double',     # 'single', 'double' column, or inches
 ):                      # matplotlib figure
     "The picture and the map of every call or branch, with patch size and numbers"
     maps, (H, W) = features.maps([point], calls), features.size
-    columns = min(columns, len(maps) + 1)
-    rows, cell = -(-(len(maps) + 1)//columns), 7.2/max(columns, 3)
-    fig, axes = new_figure(rows, columns, (cell*columns + .5, rows*(cell*min(H/W, 1.6) + .36)))
+    rows, columns = rows_of(len(maps) + 1, columns)
+    cell = (inches(width) - .5)/columns
+    fig, axes = new_figure(rows, columns, (inches(width), rows*(cell*min(H/W, 1.6) + .5)))
     decades = decades or span([m.on_picture() for m in maps] or [np.ones(1)])
     with rc_context(STYLE):
         for ax in axes.flat: ax.axis('off')
-        show_picture(axes[0, 0], features.image, f'query at ({point[0]:g}, {point[1]:g})')
+        show_picture(axes[0, 0], features.image, f'{features.name}\nquery at ({point[0]:g}, {point[1]:g})\n')
         if maps: mark_query(axes[0, 0], maps[0])
         for ax, m in zip(list(axes.flat)[1:], maps):
             title = f'{name_of(m, maps)}\n{summary(m)}'
@@ -155,7 +164,8 @@ def show_ranks(
         label = f'{name}: {len(w)}'
         ax.loglog(np.arange(1, len(w) + 1), w, dash, color=color, lw=1.6, label=label)
     ax.set(xlabel='rank of the key', ylabel='weight'); ax.grid(alpha=.3, lw=.4)
-    ax.legend(loc='lower left', title='keys above 0', title_fontsize=7)
+    ax.legend(loc='lower left', bbox_to_anchor=(-.05, 1.), title='keys above 0', title_fontsize=7, frameon=False,
+              borderpad=0, handlelength=1.6)
     ax.margins(.02); ax.yaxis.set_minor_formatter(NullFormatter())
 
 # %% ../../nbs/correlation/03_figures.ipynb #d2707b8e
@@ -165,18 +175,20 @@ def thresholds(
     call=-1,            # a `Call` or its number
     scale:str='log',    # see `drawing.strength`
     decades:float|None=None, # powers of ten of the log scale; none: as the maps need
+    width='double',     # 'single', 'double' column, or inches
 ):                      # matplotlib figure
     "The same scores weighed by softmax and by HSPAN's soft threshold: both maps, and the weights by rank"
     H, W = features.size
-    maps = {name: features.maps([point], call, way)[0]
-            for name, way in (('softmax', 'softmax'), ('soft threshold', 'sparsemax'))}
-    cell, decades = 1.75, decades or span([m.on_picture() for m in maps.values()])
-    tall = cell*min(max(H/W, .7), 1.6) + .55
-    fig, axes = new_figure(1, 4, (4*cell + .9, tall), width_ratios=[1, 1, 1, 1.2])
+    way_of = dict(zip(('softmax', 'soft threshold'), ('softmax', 'sparsemax'))).get
+    maps = {name: features.maps([point], call, way_of(name))[0] for name in ('softmax', 'soft threshold')}
+    cell, decades = (inches(width) - .9)/4.2, decades or span([m.on_picture() for m in maps.values()])
+    tall = cell*min(max(H/W, .7), 1.6) + .65
+    fig, axes = new_figure(1, 4, (inches(width), tall), width_ratios=[1, 1, 1, 1.2])
     with rc_context(STYLE):
-        show_picture(axes[0, 0], features.image, 'input\n'); mark_query(axes[0, 0], maps['softmax'])
+        show_picture(axes[0, 0], features.image, f'{features.name}\n\n'); mark_query(axes[0, 0], maps['softmax'])
         for ax, (name, m) in zip(axes[0, 1:3], maps.items()):
-            show_map(ax, features.image, m, 0, scale, decades, title=f'{name}\n{summary(m)}')
+            other = '' if way_of(name) == features.choose(call)[0].weighting else ' (counterfactual)'
+            show_map(ax, features.image, m, 0, scale, decades, title=f'{name}{other}\n{summary(m)}')
         scale_bar(fig, list(axes[0, :3]), scale, decades)
         show_ranks(axes[0, 3], maps)
     return fig
@@ -189,14 +201,16 @@ def pyramid_levels(
     boxes:int=3,        # matched patches to outline
     scale:str='log',    # see `drawing.strength`
     decades:float|None=None, # powers of ten of the log scale; none: as the maps need
+    width='double',     # 'single', 'double' column, or inches
 ):                      # matplotlib figure
     "The weights in each level's own grid, and each level's share"
     (m,) = features.maps([point], call)
     if len(m.keys) < 2: raise ValueError(f'expected a pyramid, found one level ({m.kind} attention)')
-    cell, n, (H, W) = 1.7, len(m.keys), features.size
+    n, (H, W) = len(m.keys), features.size
     decades = decades or span([m.weights])
     widths = [1 - (1 - k.columns/m.keys[0].columns)*.8 for k in m.keys]
-    fig, axes = new_figure(1, n + 1, (cell*(sum(widths) + .9) + .6, cell*min(max(H/W, .6), 1.6) + .45),
+    cell = (inches(width) - .8)/(sum(widths) + .9)
+    fig, axes = new_figure(1, n + 1, (inches(width), cell*min(max(H/W, .6), 1.6) + .55),
                            width_ratios=[*widths, .8])
     with rc_context(STYLE):
         for i, ax in enumerate(axes[0, :n]): show_level(ax, features.image, m, i, 0, scale, decades, boxes)
@@ -213,7 +227,7 @@ def show_shares(
     "How the weight is shared between levels, as bars"
     n = len(shares)
     ax.barh(range(n), shares, color=OKABE_ITO['blue'], height=.7); ax.invert_yaxis()
-    ax.set(yticks=range(n), ylabel='level', xlabel='share of the weight', xlim=(0, max(shares)*1.35))
+    ax.set(yticks=range(n), ylabel='level', xlabel='share of weight', xlim=(0, max(shares)*1.35))
     ax.xaxis.set_major_locator(MaxNLocator(2, prune='upper'))
     for i, s in enumerate(shares):
         ax.annotate(f'{s:.0%}', (s, i), (2, 0), textcoords='offset points', va='center', fontsize=7)
@@ -242,32 +256,97 @@ def show_level(
         if f.level != level: continue
         outline(ax, (f.row - r, f.column - r, m.patch, m.patch), MATCHES[i % 6], label=str(i + 1))
 
+# %% ../../nbs/correlation/03_figures.ipynb #e4052074
+def norm_of(
+    number:str,   # of `NUMBERS`
+    maps:list,    # of arrays
+):                # matplotlib norm
+    "One colour scale for all: logarithmic for counts, from 0 for distances and shares"
+    low, high = min(m.min() for m in maps), max(m.max() for m in maps)
+    if number == 'effective_keys': return LogNorm(max(low, 1e-12), max(high, low*1.001))
+    return Normalize(0, max(high, .01))
+
+# %% ../../nbs/correlation/03_figures.ipynb #1a11f243
+def show_number(
+    ax,           # matplotlib axes
+    s:Survey,
+    number:str,   # of `NUMBERS`
+    norm=None,    # of the colours; none: `norm_of` it
+):                # matplotlib image
+    "A number of a survey over the picture"
+    (H, W), m, g = s.size, s.numbers[number], s.grid
+    bottom, right = g.top + g.rows*g.row_step, g.left + g.columns*g.column_step
+    drawn = ax.imshow(m, cmap='cividis', norm=norm or norm_of(number, [m]), extent=(g.left, right, bottom, g.top))
+    ax.set(xlim=(0, W), ylim=(H, 0), xticks=[], yticks=[])
+    return drawn
+
+# %% ../../nbs/correlation/03_figures.ipynb #4bc5abae
+def show_directions(
+    ax,              # matplotlib axes, in picture coordinates
+    s:Survey,
+    along:int=16,    # arrows along the longer side
+):
+    "Arrows from a raster of queries towards each one's best match; a dot where that is the query's own place"
+    m = max(1, round(max(s.grid.shape)/along))
+    y, x = [c[m//2::m] for c in s.grid.centres()]
+    down, right = [s.numbers[n][m//2::m, m//2::m] for n in ('down', 'right')]
+    far = np.maximum(np.hypot(down, right)/(.45*m*s.grid.row_step), 1e-9)
+    right, down = right/np.maximum(far, 1), down/np.maximum(far, 1)        # near ones as long as they are
+    ax.quiver(x, y, right, down, angles='xy', scale_units='xy', scale=1, width=.006, headwidth=5, pivot='mid',
+              color=QUERY, minlength=.3)
+
+# %% ../../nbs/correlation/03_figures.ipynb #c7a040a4
+def overview(
+    features:Features,
+    call=-1,                # a `Call` or its number
+    step:int=1,             # see `survey`
+    contribution=None,      # the call's `Contribution`
+    columns:int=4,          # panels side by side at most
+    width='double',         # 'single', 'double' column, or inches
+    progress:bool=False,    # see `survey`
+):                          # matplotlib figure
+    "All numbers of one call over the picture, each with its own scale, and where the best matches lie"
+    s = survey(features, call, step, contribution=contribution, progress=progress)
+    names, (H, W) = [n for n in NUMBERS if n in s.numbers and n != 'entropy'], s.size
+    lines, columns = rows_of(len(names) + 1, columns)
+    cell = inches(width)/columns
+    fig, axes = new_figure(lines, columns, (inches(width), lines*((cell - .45)*min(H/W, 1.6) + .3)))
+    with rc_context(STYLE):
+        for ax in axes.flat: ax.axis('off')
+        show_picture(axes[0, 0], np.round(255*shade(features.image, np.zeros(features.image.shape[:2]), 'gray')
+                                          ).astype(np.uint8), 'towards best match')
+        show_directions(axes[0, 0], s)
+        for ax, name in zip(list(axes.flat)[1:], names):
+            bar = fig.colorbar(show_number(ax, s, name), ax=ax, fraction=.05, pad=.02, shrink=.9)
+            bar.outline.set_linewidth(.5)
+            ax.set_title(NUMBERS[name].replace(' (pixels)', ', px'))
+    return fig
+
 # %% ../../nbs/correlation/03_figures.ipynb #36cba6a7
 def spread(
     features:Features,
     calls=None,                     # which calls; none: all
-    rows:int=32,                    # queries along the height
-    number:str='effective_keys',    # or 'distance', 'largest'
-    columns:int=4,                  # panels side by side, the picture included
+    rows:int=32,                    # queries along the height, at most
+    number:str='effective_keys',    # of `NUMBERS` but the contribution
+    columns:int=4,                  # panels side by side at most, the picture included
+    width='double',                 # 'single', 'double' column, or inches
 ):                                  # matplotlib figure
-    "A map of one number of the attention over the picture"
-    units = dict(effective_keys='effective keys', distance='mean distance, pixels', largest='largest weight')
-    if number not in units: raise ValueError(f"number is {number!r}; expected one of {', '.join(units)}")
+    "A map of one number of the attention over the picture, for every call"
+    names = [n for n in NUMBERS if n != 'contribution']
+    if number not in names: raise ValueError(f"number is {number!r}; expected one of {', '.join(names)}")
     chosen, (H, W) = features.choose(calls), features.size
-    maps = [f for c in chosen for f in features.maps([(0, 0)], c)]
-    found = [features.survey(c, rows)[number] for c in chosen]
-    low, high = min(f.min() for f in found), max(f.max() for f in found)
-    norm = LogNorm(max(low, 1e-12), max(high, low*1.001)) if number != 'distance' else Normalize(0, high)
-    columns = min(columns, len(found) + 1)
-    lines, cell = -(-(len(found) + 1)//columns), 7.2/max(columns, 3)
-    fig, axes = new_figure(lines, columns, (cell*columns + .5, lines*(cell*min(H/W, 1.6) + .22)))
+    found = [survey(features, c, -(-c.query.rows//rows)) for c in chosen]
+    norm = norm_of(number, [f.numbers[number] for f in found])
+    lines, columns = rows_of(len(found) + 1, columns)
+    cell = (inches(width) - .6)/columns
+    fig, axes = new_figure(lines, columns, (inches(width), lines*(cell*min(H/W, 1.6) + .25)))
     with rc_context(STYLE):
         for ax in axes.flat: ax.axis('off')
-        show_picture(axes[0, 0], features.image, 'input')
-        for ax, f, m in zip(list(axes.flat)[1:], found, maps):
-            drawn = ax.imshow(f, cmap='cividis', norm=norm, extent=(0, W, H, 0))
-            ax.set_title(name_of(m, maps))
-        bar = fig.colorbar(drawn, ax=list(axes.flat), fraction=.05, pad=.02, shrink=.9, label=units[number])
+        show_picture(axes[0, 0], features.image, features.name)
+        for ax, f in zip(list(axes.flat)[1:], found):
+            drawn = show_number(ax, f, number, norm)
+            ax.set_title(name_of(f, found))
+        bar = fig.colorbar(drawn, ax=list(axes.flat), fraction=.05, pad=.02, shrink=.9, label=NUMBERS[number])
         bar.outline.set_linewidth(.5)
     return fig
 
@@ -277,18 +356,26 @@ def figure_set(
     points:list,        # queries (row, column)
     rows:int=32,        # of the raster of `spread`
     limit:int=12,       # at most so many calls in one figure: the last ones
+    width='double',     # 'single', 'double' column, or inches
+    added:dict|None=None,   # (layer, call) -> `Contribution`; given: `overview` of every call too
 ):                      # yields (name, what it shows, figure)
     "Every figure that suits the network: for each query, and one of the whole picture"
     kinds, shown = {c.kind for c in features.calls}, features.calls[-limit:]
     for i, point in enumerate(points):
         at = f'pixel ({point[0]:g}, {point[1]:g})'
-        yield f'{i}', f'where {at} looks', branches(features, point, shown)
-        yield f'{i}-patches', f'the patches that {at} engages most', engaged_patches(features, point)
+        yield f'{i}', f'where {at} looks', branches(features, point, shown, width=width)
+        yield f'{i}-patches', f'the patches that {at} engages most', engaged_patches(features, point, width=width)
         if 'cross-scale' in kinds:
-            fig = compare_scales([features], [point])
+            fig = compare_scales([features], [point], width=width)
             yield f'{i}-scales', f'in-scale and cross-scale attention of {at}', fig
         if 'pyramid' in kinds:
-            yield f'{i}-levels', f'the pyramid levels that {at} looks at', pyramid_levels(features, point)
+            fig = pyramid_levels(features, point, width=width)
+            yield f'{i}-levels', f'the pyramid levels that {at} looks at', fig
         if any(c.weighting == 'sparsemax' for c in features.calls):
-            yield f'{i}-threshold', f'softmax and soft threshold at {at}', thresholds(features, point)
-    yield 'spread', 'how many keys share the weight, over the picture', spread(features, shown, rows)
+            fig = thresholds(features, point, width=width)
+            yield f'{i}-threshold', f'softmax and soft threshold at {at}', fig
+    fig = spread(features, shown, rows, width=width)
+    yield 'spread', 'how many keys share the weight, over the picture', fig
+    for c in shown if added is not None else []:
+        fig = overview(features, c, -(-c.query.rows//rows), added.get((c.layer, c.call)), width=width)
+        yield f'whole-{c.index}', f'{c.layer.removesuffix(".attention")}: numbers over the whole picture', fig

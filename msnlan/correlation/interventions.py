@@ -58,14 +58,14 @@ def window(
     far = (start + (torch.arange(n) + .5)*step - (torch.arange(n_queries)[:, None] + .5)).abs()
     return far <= far.amin(1, keepdim=True).clamp_min(radius) + 1e-6
 
-# %% ../../nbs/correlation/05_interventions.ipynb #2a2021a5
+# %% ../../nbs/correlation/05_interventions.ipynb #c02b811d
 def window_keys(
     shape:tuple,    # (H, W) of the queries
     grids:list,     # of `Grid`: the keys in query cells, one a level
     radius:float,   # see `window`
 )->tuple:           # numbers of the keys (H*W, K), and which of them count
     "The keys near every query, as many columns as the fullest window needs"
-    def listed(near):                                       # (queries, keys) of bool -> their numbers, and which
+    def listed(near):                                  # (queries, keys) of bool -> their numbers, and which
         count, at = near.int().topk(int(near.sum(1).max()), 1)
         return at, count > 0
     at, real, start = [], [], 0
@@ -78,7 +78,7 @@ def window_keys(
         start += g.rows*g.columns
     return torch.cat(at, 1), torch.cat(real, 1)
 
-# %% ../../nbs/correlation/05_interventions.ipynb #afcc5e28
+# %% ../../nbs/correlation/05_interventions.ipynb #86e49162
 def patches(
     x:torch.Tensor,   # (1, c, s*H, s*W)
     patch:int,
@@ -88,7 +88,7 @@ def patches(
     r = patch//2
     return F.unfold(x, s*patch, padding=s*r, stride=s)[0].T
 
-# %% ../../nbs/correlation/05_interventions.ipynb #d1668fea
+# %% ../../nbs/correlation/05_interventions.ipynb #06607c32
 def scores_at(
     query:torch.Tensor,  # (1, c', H, W)
     keys:list,           # of (1, c', Hk, Wk)
@@ -103,7 +103,7 @@ def scores_at(
     step = max(1, 2**24//(at.shape[1]*q.shape[1]))
     return torch.cat([torch.einsum('qkd,qd->qk', k[a], b) for a, b in zip(at.split(step), q.split(step))])
 
-# %% ../../nbs/correlation/05_interventions.ipynb #72e67209
+# %% ../../nbs/correlation/05_interventions.ipynb #cb3d9e28
 def lay_few(
     at:torch.Tensor,      # (H*W, K): numbers of the keys of each query
     weights:torch.Tensor, # (H*W, K)
@@ -122,7 +122,7 @@ def lay_few(
         out.append(F.fold(mixed.T[None], (s*shape[0], s*shape[1]), side, padding=s*(patch//2), stride=s))
     return torch.cat(out, 1)/divisor
 
-# %% ../../nbs/correlation/05_interventions.ipynb #204a01ea
+# %% ../../nbs/correlation/05_interventions.ipynb #0120a8f6
 def scores_near(
     query:torch.Tensor,  # (1, c', H, W)
     key:torch.Tensor,    # (1, c', Hk, Wk), on the queries' raster
@@ -134,22 +134,23 @@ def scores_near(
     "Scores of every query with the keys around it"
     (H, W), (Hk, Wk), R = query.shape[-2:], key.shape[-2:], radius
     top, left = round(grid.top), round(grid.left)
-    pad = top + R, H + R - top - Hk, left + R, W + R - left - Wk                          # to H + 2*R rows
+    pad = top + R, H + R - top - Hk, left + R, W + R - left - Wk               # to H + 2*R rows
     wide = lambda t, by: F.pad(t, (by[2], by[3], by[0], by[1]))
-    k, f = wide(key, pad), wide(factor, pad)[0]                                           # displaced by -R ... R
+    k, f = wide(key, pad), wide(factor, pad)[0]                                # displaced by -R ... R
     box, out, at = query.new_ones(1, 1, patch, patch), [], []
     y, x = torch.arange(H, device=key.device)[:, None] - top, torch.arange(W, device=key.device) - left
     for d in range(-R, R + 1):
         for e in range(-R, R + 1):
             near = slice(R + d, R + d + H), slice(R + e, R + e + W)
-            score = F.conv2d((query*k[..., near[0], near[1]]).sum(1, keepdim=True), box, padding=patch//2)[0, 0]
+            score = (query*k[..., near[0], near[1]]).sum(1, keepdim=True)
+            score = F.conv2d(score, box, padding=patch//2)[0, 0]
             i, j = y + d, x + e
             there = ((i >= 0) & (i < Hk)) & ((j >= 0) & (j < Wk))
             out.append((score*f[near]).masked_fill(~there, -1e30).flatten())
             at.append((i.clamp(0, Hk - 1)*Wk + j.clamp(0, Wk - 1)).flatten())
     return torch.stack(at, 1), torch.stack(out, 1)
 
-# %% ../../nbs/correlation/05_interventions.ipynb #91a4b2df
+# %% ../../nbs/correlation/05_interventions.ipynb #bbd778ac
 def few_keys(
     how:Intervention,
     own:str,          # the layer's weighting
@@ -180,7 +181,8 @@ def few_keys(
         score, at = largest(strips, how.k)
         if torch.is_grad_enabled(): score = scores_at(query, keys, at, *options)
         return at, score.softmax(-1)
-    rows = [weigh(strips(y, y + 1).flatten(1).T.contiguous(), own).topk(min(how.k, L), -1) for y in range(shape[0])]
+    rows = [weigh(strips(y, y + 1).flatten(1).T.contiguous(), own).topk(min(how.k, L), -1)
+            for y in range(shape[0])]
     kept, at = torch.cat([r.values for r in rows]), torch.cat([r.indices for r in rows])
     return at, kept/kept.sum(1, keepdim=True)
 
@@ -234,9 +236,9 @@ def layers_named(
         out |= found
     return out
 
-# %% ../../nbs/correlation/05_interventions.ipynb #d36b6e0d
+# %% ../../nbs/correlation/05_interventions.ipynb #367e3549
 def soft_threshold(query, keys:list, values:list, patch:int, **options)->torch.Tensor:
-    "Attention weighed by sparsemax, which the operator does slowly on large maps of a CPU: compiled, in strips"
+    "Attention weighed by sparsemax: compiled, in strips; the operator is slow here on large maps of a CPU"
     H, W = query.shape[-2:]
     L, r = sum(k.shape[-2]*k.shape[-1] for k in keys), patch//2
     options |= dict(patch=patch, weighting='sparsemax')

@@ -197,11 +197,13 @@ class CorrelationMap(Weights):
         row, column = divmod(int(i - ends[level]) + grid.rows*grid.columns, grid.columns)
         return Match(float(self.weights[point, i]), row, column, level, *grid.box(row, column, self.side))
 
-    def matches(self, point:int=0, n:int=3, apart:float=0.)->list:
-        "The `n` keys of largest weight above 0 as `Match`, centres at least `apart` pixels from each other"
+    def matches(self, point:int=0, n:int=3, apart:float=0., least:float=0.)->list:
+        """The `n` keys of largest weight above 0 as `Match`, centres at least `apart` pixels from each other.
+
+        Weights below `least` times the largest are no matches."""
         w, found = self.weights[point], []
-        least = 0 if apart or n >= len(w) else np.partition(w, -n)[-n]
-        some = np.flatnonzero((w >= least) & (w > 0))
+        low = 0 if apart or n >= len(w) else np.partition(w, -n)[-n]
+        some = np.flatnonzero((w >= max(low, least*w.max())) & (w > 0))
         for i in some[np.argsort(-w[some], kind='stable')]:
             if len(found) == n: break
             m = self.match(point, i)

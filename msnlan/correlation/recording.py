@@ -201,6 +201,7 @@ class Features:
     image:np.ndarray|None   # the uint8 picture (H, W, 3) or (H, W); none where a tensor was recorded
     size:tuple              # (height, width) of the picture
     calls:list              # of `Call`, in the order of the forward pass
+    name:str=''             # of the network, for titles
 
     @property
     def nbytes(self)->int:
@@ -244,26 +245,6 @@ class Features:
         top, left, height, width = box
         if height < 1 or width < 1: raise ValueError(f'the box is {tuple(box)}; expected at least one pixel')
         return self.check([(top + i, left + j) for i in range(height) for j in range(width)])
-
-    def survey(self,
-        call,                     # a `Call` or its number
-        rows:int=32,              # queries along the height, at most
-        columns:int|None=None,    # along the width; none: as dense as along the height
-        weighting:str|None=None,  # instead of the layer's own
-    )->dict:                      # 'effective_keys', 'distance', 'largest': (rows, columns) each; 'points'
-        "Numbers of a raster of queries, a few rows at a time, so that memory does not grow with it"
-        (c,), (H, W) = self.choose(call), self.size
-        rows = min(rows, c.query.rows, H)
-        columns = min(columns or max(1, round(rows*W/H)), c.query.columns, W)
-        ys, xs = (np.arange(rows) + .5)*H/rows - .5, (np.arange(columns) + .5)*W/columns - .5
-        points = [(float(y), float(x)) for y in ys for x in xs]
-        keys = sum(k.rows*k.columns for k in c.keys)
-        step, found = max(1, 2**21//keys), []
-        for i in range(0, len(points), step):
-            (m,) = self.maps(points[i:i+step], c, weighting)
-            found.append(np.stack([m.effective_keys, m.distance, m.weights.max(1)]))
-        found = np.concatenate(found, 1).reshape(3, rows, columns)
-        return dict(zip(('effective_keys', 'distance', 'largest'), found), points=points)
 
 # %% ../../nbs/correlation/02_recording.ipynb #1610ef49
 def lay_out(
@@ -378,6 +359,7 @@ def record(
     model,             # any network of this package, or a block of one
     image,             # a picture as for `as_picture`, or a tensor (1, C, H, W) as the model takes it
     layers=None,       # names of the attention layers to keep; none: all
+    name:str='',       # of the network, for titles; none: its system and scale
 )->Features:
     "Queries and keys of one forward pass; the network is as before afterwards"
     recorder = _Recorder(model, layers)
@@ -393,7 +375,9 @@ def record(
         except _Enough: pass
     if picture is None and x.shape[1] in (1, 3): picture = to_image(x)
     size = tuple(x.shape[-2:])
-    return Features(picture, size, _as_calls(recorder, size))
+    system = getattr(model, 'system', type(model).__name__)
+    name = name or (f'{system} x{model.scale}' if getattr(model, 'scale', 1) > 1 else system)
+    return Features(picture, size, _as_calls(recorder, size), name)
 
 # %% ../../nbs/correlation/02_recording.ipynb #a42bb951
 def attention_layers(model)->list:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['factors', 'Strips', 'largest']
 
-# %% ../../nbs/correlation/02_strips.ipynb #71cbe52e
+# %% ../../nbs/correlation/02_strips.ipynb #1910e223
 import functools
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from ..attention.operator import box_scores, has_numba, key_norm, weigh
 
-# %% ../../nbs/correlation/02_strips.ipynb #2c877f4a
+# %% ../../nbs/correlation/02_strips.ipynb #edaa22db
 def factors(
     keys:list,            # of (1, c', Hk, Wk)
     patch:int,
@@ -25,7 +25,7 @@ def factors(
     return [softmax_scale/key_norm(k, patch)[:, 0] if normalize_keys else softmax_scale*o
             for k, o in zip(keys, ones)]
 
-# %% ../../nbs/correlation/02_strips.ipynb #9622027b
+# %% ../../nbs/correlation/02_strips.ipynb #1fb9adf9
 class Strips:
     "Scores of one sample's queries with all keys, a few query rows at a time"
     def __init__(self,
@@ -72,11 +72,11 @@ class Strips:
         top, none, q = np.full(lay.n, -1e30, np.float32), np.zeros(lay.n, np.float32), lay.lay(part)
         tops, offsets = np.empty((0, lay.n), np.float32), np.empty(64, np.int64)
         for k, f, plan in zip(self.keys, self.factors, lay.plans):
-            score_walk(plan, lay.rows(k, plan)[0], q[0], f[0].numpy(), A, top, none, tops, tile, ring, offsets,
-                       True)
+            score_walk(plan, lay.rows(k, plan)[0], q[0], f[0].numpy(), A, top, none, tops, tile, ring,
+                       offsets, True)
         return A[FRONT:FRONT + lay.lines*lay.stride], lay
 
-# %% ../../nbs/correlation/02_strips.ipynb #f1f03c61
+# %% ../../nbs/correlation/02_strips.ipynb #19a99a45
 @functools.cache
 def _compiled_top():
     "The loop over lines of scores, compiled when first used"
@@ -98,7 +98,7 @@ def _compiled_top():
                 at[i, x] = l
     return top
 
-# %% ../../nbs/correlation/02_strips.ipynb #285dab84
+# %% ../../nbs/correlation/02_strips.ipynb #7bbaa743
 def largest(
     strips:Strips,
     k:int,                # how many; all where there are fewer

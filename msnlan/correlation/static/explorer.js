@@ -3,6 +3,14 @@
 
 const RANKS = ["#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00", "#FFFFFF"];  // Okabe and Ito
 const QUANTITIES = { match: "match: the patch's weights", mixture: "mixture: what the pixel is made of" };
+const WEIGHTINGS = { "": "its own", none: "none", uniform: "uniform", "top-k": "top-k", random: "random", "local window": "local window",
+  softmax: "softmax", sparsemax: "soft threshold" };
+const WHOLE = { "": "the query pixel", effective_keys: "whole picture: effective keys", entropy: "whole picture: entropy", distance: "whole picture: mean distance",
+  best_distance: "whole picture: distance of best match", self_match: "whole picture: self-match", largest: "whole picture: largest weight",
+  contribution: "whole picture: contribution" };
+const LETTERS = "ABCDEF";  // of the pinned pixels
+const HELP = "Arrow keys move the pixel (Shift: by ten), + \u2212 0 zoom, 1 to 8 jump to a match, P pins or unpins, Q the next pin, " +
+  "M match or mixture, O what comes out, E the largest error, Escape cancels.";
 const DECADES = 4;         // that a logarithmic scale shows by itself, at most
 const SCALES = [[0, "linear"], [-1, "logarithmic"], ...[2, 4, 8, 16, 32].map((n) => [n, `logarithmic, ${n} decades`])];
 const TALLEST = 600;       // of a picture that fits, screen pixels
@@ -27,7 +35,7 @@ function labelled(text, control, more = "") {
 }
 
 function fill(select, names, chosen, show = (n) => n) {
-  const key = JSON.stringify(names);
+  const key = JSON.stringify(names.map((n) => [n, show(n)]));
   if (select.dataset.names !== key) {
     select.replaceChildren(...names.map((n) => make("option", { value: n, textContent: show(n) })));
     select.dataset.names = key;
@@ -112,9 +120,23 @@ function paint(context, show, z) {   // a panel's picture at z screen pixels a p
   show.matches.forEach((m, i) => outline(context, m.box, RANKS[i], z, m.weight < 0.01 * show.largest ? 1 : 2));
   show.matches.forEach((m, i) => tag(context, i + 1, clamp(m.box[1] * z + 2, 0, width * z - 12),
     clamp(m.box[0] * z - 2, 12, height * z), RANKS[i]));
+  (show.pins || []).forEach((pin, i) => {
+    const colour = RANKS[(i + 1) % RANKS.length], [top, left, high, wide] = pin.query;
+    context.save(); context.setLineDash([4, 3]);
+    pin.matches.forEach((m) => outline(context, m.box, colour, z, 1));
+    context.restore();
+    outline(context, pin.query, colour, z, 2);
+    tag(context, LETTERS[i], (left + wide / 2) * z - 4, (top + high / 2) * z + 7, colour);
+  });
   outline(context, show.query, "#FFF", z, 1);
   cross(context, show.point, z);
+  if (show.hover) ring(context, show.hover, z);
   if (show.untrained) banner(context, "UNTRAINED: random weights", width * z);
+}
+
+function ring(context, [row, column], z) {   // where the pointer is, in the other panel too
+  context.strokeStyle = "#FFF"; context.lineWidth = 1; context.setLineDash([2, 2]);
+  context.strokeRect(column * z - 3, row * z - 3, z + 6, z + 6); context.setLineDash([]);
 }
 
 function banner(context, text, width) {   // what no reader of the picture may miss
@@ -147,7 +169,7 @@ function legend(context, table, width, height, x0 = 0, y0 = 0) {
   }
 }
 
-const ends = (show) => [show.decades ? `\u2264 ${number(show.most / 10 ** show.decades)}` : "0", `weight ${number(show.most)}`];
+const ends = (show) => show.whole ? ["0", `${show.whole.name} ${number(show.most)}`] : [show.decades ? `\u2264 ${number(show.most / 10 ** show.decades)}` : "0", `weight ${number(show.most)}`];
 
 const facts = (show) => [
   ["Largest weight of a key", number(show.largest)],
@@ -175,21 +197,22 @@ class Panel {
       make("button", { type: "button", textContent: "Open", onclick: () => this.open() }));
     this.canvas = make("canvas", { tabIndex: 0, role: "application", className: "mx-picture",
       onkeydown: (e) => app.key(e), onpointerdown: (e) => this.point(e, true), onpointermove: (e) => this.point(e, false),
-      onpointerleave: () => { this.hover = null; this.readout(); } });
+      onpointerleave: () => app.hover(null) });
     this.stage = make("div", { className: "mx-stage" }, this.canvas);
     this.bar = make("canvas", { width: 160, height: 10, className: "mx-bar", role: "img", "aria-label": "colours of the weights" });
     this.low = make("span"); this.high = make("span");
     this.under = make("div", { className: "mx-under" }, "\u00a0");
     this.patches = make("div", { className: "mx-patches", role: "list", "aria-label": "query patch and matched patches" });
     this.numbers = make("dl", { className: "mx-numbers" });
+    this.pins = make("div", { className: "mx-pins" });
+    this.results = make("div", { className: "mx-results", hidden: true });
     this.body = make("div", { className: "mx-body" },
       make("div", {}, this.stage, make("div", { className: "mx-legend" }, this.low, this.bar, this.high), this.under),
-      make("div", {}, this.patches, this.numbers));
+      make("div", {}, this.patches, this.pins, this.numbers));
     const name = index ? "second" : "first";
     this.node = make("section", { className: "mx-panel", "aria-label": `${name} map` },
       make("div", { className: "mx-choices" }, labelled("Model", this.model), labelled("Layer", this.layer), labelled("Branch", this.branch)),
-      this.file,
-      this.body);
+      this.file, this.body, this.results);
   }
 
   choose(what, value) {
@@ -208,16 +231,16 @@ class Panel {
 
   point(event, pressed) {
     if (!this.show) return;
-    const at = this.hover = this.position(event);
-    this.readout();
+    const at = this.position(event);
+    this.app.hover(at);
     if (pressed) this.canvas.setPointerCapture(event.pointerId);
     if (pressed || event.buttons & 1 || this.app.follow.checked) this.app.look(at, pressed);
   }
 
   readout() {   // the weight under the pointer, of the map that is on show
-    const at = this.hover, [height, width] = this.show.size;
+    const at = this.app.pointer, [height, width] = this.show.size;
     const there = at && at[0] < height && at[1] < width;
-    this.under.textContent = there ? `row ${at[0]}, column ${at[1]}: weight ${number(this.map[at[0] * width + at[1]])}` : "\u00a0";
+    this.under.textContent = there ? `row ${at[0]}, column ${at[1]}: ${this.show.whole ? this.show.whole.name : "weight"} ${number(this.map[at[0] * width + at[1]])}` : "\u00a0";
   }
 
   update(state) {
@@ -228,16 +251,55 @@ class Panel {
     fill(this.branch, (layers.find((l) => l[0] === panel.layer) || [0, []])[1], panel.branch);
     this.file.hidden = true;
     const { map, largest, ...found } = state.answer.panels[this.index];
-    this.map = floats(map);
+    this.map = floats(found.whole ? found.whole.map : map);
     this.table = bytes(options.palettes[state.palette]);
-    const most = largestOf(this.map);
+    this.largestHere = largestOf(this.map);
+    const most = this.app.shared.checked ? Math.max(...this.app.panels.slice(0, state.panels.length).map((p) => p.largestHere || 0)) : this.largestHere;
     this.show = { ...found, largest, most, size: scene.size, picture: state.photograph, point: state.point,
-      opacity: state.opacity, untrained: scene.untrained[this.index], quantity: state.quantity, decades: span(this.map, most, state.decades), title: `${panel.model}, ${panel.layer}, ${panel.branch}, ${state.quantity}` };
+      opacity: state.opacity, untrained: scene.untrained[this.index], quantity: state.quantity, decades: found.whole ? 0 : span(this.map, most, state.decades), hover: this.app.pointer, title: `${panel.model}, ${panel.layer}, ${panel.branch}, ${state.quantity}` };
     this.show.heat = heat(scene.size, this.map, most, this.table, this.show.decades);
     this.canvas.setAttribute("aria-label", `Map of ${this.show.title} for row ${state.point[0]}, column ${state.point[1]}. ` +
       "Arrow keys move the pixel, with Shift by ten; plus, minus and zero zoom.");
     this.sum = state.quantity === "mixture" ? found.share || 1 : 1;     // parts of a mixture are parts of its sum
-    this.list(); this.draw(); this.readout();
+    this.list(); this.draw(); this.readout(); this.outcome(state);
+  }
+
+  outcome(state) {   // what comes out: pictures beside one another, each a window on the same place
+    const found = state.outcomes && (state.results.panels || [])[this.index];
+    this.results.hidden = !found;
+    if (!found) return;
+    const [height, width] = found.size, pixels = (b) => { const p = bytes(b); return raster(found.size, (i) => [p, 3 * i]); };
+    const map = (b) => { const m = floats(b), most = Math.max(largestOf(m), 1e-9);
+      return [raster(found.size, (i) => [this.table, 3 * Math.round(255 * m[i] / most)]), most]; };
+    const db = (x) => (x > 99 ? "identical" : `${x.toFixed(2)} dB`), score = found.scores, items = [];
+    items.push(["Output", pixels(found.plain), score.plain === undefined ? "truth unknown" : `PSNR ${db(score.plain)}`]);
+    if (found.changed) {
+      const change = score.change === undefined ? db(score.between) + " from the output" : `${db(score.changed)}, change ${score.change < 0 ? "\u2212" : "+"}${Math.abs(score.change).toFixed(3)} dB`;
+      items.push(["With other weights", pixels(found.changed), change]);
+      const [picture, most] = map(found.difference);
+      items.push(["Difference", picture, `0 \u2026 ${number(most)} grey levels`]);
+    }
+    if (found.truth) {
+      items.push(["Truth (HR)", pixels(found.truth), `${width} x ${height}`]);
+      const [picture, most] = map(found.error);
+      items.push([found.changed ? "Error with other weights" : "Error", picture, `0 \u2026 ${number(most)} grey levels`]);
+    }
+    const side = 168, ratio = width / state.scene.size[1];
+    this.results.replaceChildren(...items.map(([name, picture, caption]) => {
+      const canvas = make("canvas", { width: side, height: side, className: "mx-result", role: "img", tabIndex: 0, "aria-label": `${name}: ${caption}`,
+        onkeydown: (e) => this.app.key(e) });
+      const zoomed = state.zoom && this.z > this.fitting(), reach = zoomed ? Math.max(8, 400 / this.z) * ratio : Math.max(height, width);
+      const centre = (n, at) => clamp((at + 0.5) * ratio - reach / 2, 0, Math.max(0, n - reach));
+      const y = centre(height, state.point[0]), x = centre(width, state.point[1]), z = side / reach, context = canvas.getContext("2d");
+      context.imageSmoothingEnabled = false;
+      context.translate(-x * z, -y * z); context.drawImage(picture, 0, 0, width * z, height * z);
+      cross(context, state.point, z * ratio);
+      canvas.addEventListener("pointerdown", (e) => { const box = canvas.getBoundingClientRect();
+        this.app.look([Math.floor((y + (e.clientY - box.top) / box.height * reach) / ratio), Math.floor((x + (e.clientX - box.left) / box.width * reach) / ratio)], true); });
+      return make("figure", {}, canvas, make("figcaption", {}, make("span", {}, name), make("span", {}, caption)));
+    }));
+    if (found.worst) this.results.append(make("button", { type: "button", textContent: "Go to the largest error", onclick: () => this.app.look(found.worst, true) }));
+    if (found.note) this.results.append(make("p", { className: "mx-note" }, found.note));
   }
 
   fitting() {   // screen pixels a pixel, so that all is seen
@@ -247,7 +309,7 @@ class Panel {
     return z > 2 ? Math.floor(z) : z;
   }
 
-  draw() {
+  draw(reveal = true) {
     if (!this.show) return;
     const [height, width] = this.show.size, dense = window.devicePixelRatio || 1;
     this.z = this.app.state.zoom ? clamp(this.app.state.zoom, 0.1, LARGEST / Math.max(height, width)) : this.fitting();
@@ -257,7 +319,7 @@ class Panel {
     const context = this.canvas.getContext("2d");
     context.scale(dense, dense);
     paint(context, this.show, this.z);
-    this.reveal();
+    if (reveal) this.reveal();
   }
 
   reveal() {   // scroll a zoomed picture to the query
@@ -270,13 +332,21 @@ class Panel {
   list() {
     legend(this.bar.getContext("2d"), this.table, 160, 10);
     [this.low.textContent, this.high.textContent] = ends(this.show);
+    let sum = 0;
     const patch = (box, colour, ...captions) => {
       const canvas = make("canvas", { width: 96, height: 96, style: `border-color: ${colour}` });
       enlarge(canvas.getContext("2d"), this.show, box, colour, 96);
-      return make("figure", { role: "listitem" }, canvas, make("figcaption", {}, ...captions.map((c) => make("span", {}, c))));
+      const go = make("button", { type: "button", className: "mx-go", "aria-label": `go to ${captions[0]}`,
+        onclick: () => this.app.look([box[0] + box[2] / 2 - 0.5, box[1] + box[3] / 2 - 0.5], true) }, canvas);
+      return make("figure", { role: "listitem" }, go, make("figcaption", {}, ...captions.filter(Boolean).map((c) => make("span", {}, c))));
     };
     this.patches.replaceChildren(patch(this.show.query, "#FFFFFF", "query", place(this.show.query)),
-      ...this.show.matches.map((m, i) => patch(m.box, RANKS[i], `${i + 1}: ${percent(m.weight / this.sum)}`, place(m.box))));
+      ...this.show.matches.map((m, i) => { sum += m.weight / this.sum;
+        return patch(m.box, RANKS[i], `${i + 1}: ${percent(m.weight / this.sum)}`, i ? `sum ${percent(sum)}` : "", place(m.box),
+          m.unlike === undefined ? "" : `truth differs ${number(m.unlike)}`); }));
+    this.pins.replaceChildren(...(this.show.pins || []).map((pin, i) => make("button", { type: "button", style: `border-color: ${RANKS[(i + 1) % RANKS.length]}`,
+      onclick: () => this.app.look(this.app.state.pins[i], true) },
+      `${LETTERS[i]}: ${place(pin.query)}, ${number(pin.effective_keys)} keys, ${number(pin.distance)} px`)));
     this.numbers.replaceChildren(...[...facts(this.show), ["Answered in", `${this.show.ms.toFixed(0)} ms`]]
       .map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
   }
@@ -319,7 +389,7 @@ function exported(panels, state) {
 
 class App {
   constructor(model, el) {
-    Object.assign(this, { model, asked: 0, aim: null, next: null });
+    Object.assign(this, { model, asked: 0, aim: null, next: null, pointer: null });
     const set = (name, value) => this.set(name, value);
     const button = (text, label, act) => make("button", { type: "button", textContent: text, "aria-label": label, title: label, onclick: act });
     const coordinate = (axis) => make("input", { type: "number", min: 0, onchange: (e) => {
@@ -333,6 +403,21 @@ class App {
     this.count = make("input", { type: "number", min: 1, max: RANKS.length,
       onchange: (e) => this.ask("matches", clamp(Math.round(Number(e.target.value)) || 1, 1, RANKS.length)) });
     this.quantity = make("select", { onchange: (e) => this.ask("quantity", e.target.value) });
+    this.whole = make("select", { onchange: (e) => this.ask("whole", e.target.value) });
+    this.apart = make("input", { type: "number", min: 0, max: 64, onchange: (e) => this.ask("apart", clamp(Math.round(Number(e.target.value)) || 0, 0, 64)) });
+    this.shared = make("input", { type: "checkbox", onchange: () => { this.update(); this.update(); } });
+    this.fit = make("select", { onchange: (e) => this.ask("fit", e.target.value) });
+    this.small = make("select", { onchange: (e) => this.ask("scale", Number(e.target.value)) });
+    const edge = (axis) => make("input", { type: "number", min: 0, onchange: (e) => {
+      const corner = [...this.state.corner]; corner[axis] = Math.max(0, Math.round(Number(e.target.value)) || 0); this.ask("corner", corner); } });
+    this.top = edge(0); this.left = edge(1);
+    this.outcomes = make("input", { type: "checkbox", onchange: (e) => this.ask("outcomes", e.target.checked) });
+    this.weighting = make("select", { onchange: () => this.alter() });
+    this.extent = make("input", { type: "number", min: 1, max: 999, value: 4, onchange: () => this.alter() });
+    this.temperature = make("input", { type: "number", min: 0.01, step: 0.1, value: 1, onchange: () => this.alter() });
+    this.where = make("select", { onchange: () => this.alter() });
+    this.sessionFile = make("input", { type: "file", accept: ".json", hidden: true, onchange: (e) => { this.open(e.target.files[0]); e.target.value = ""; } });
+    this.stop = make("button", { type: "button", textContent: "Cancel", hidden: true, onclick: () => this.cancel() });
     this.palette = make("select", { onchange: (e) => set("palette", e.target.value) });
     this.opacity = make("input", { type: "range", min: 0, max: 1, step: 0.05, oninput: (e) => set("opacity", Number(e.target.value)) });
     this.scale = make("select", { onchange: (e) => set("decades", Number(e.target.value)) });
@@ -346,14 +431,19 @@ class App {
     const check = (text, control) => make("label", { className: "mx-check" }, control, make("span", {}, text));
     this.root = make("div", { className: "msnlan-explorer", "data-lm-suppress-shortcuts": "true" },
       make("div", { className: "mx-row" }, labelled("Picture", this.pictures), this.upload,
-        button("Upload \u2026", "Upload a picture of your own", () => this.upload.click()), labelled("Longest side", this.sides), labelled("Row", this.row), labelled("Column", this.column),
+        button("Upload \u2026", "Upload a picture of your own", () => this.upload.click()), labelled("Longest side", this.sides),
+        labelled("Make it small", this.fit), labelled("By", this.small), this.cornerFields = make("div", { className: "mx-pair" }, labelled("Crop row", this.top), labelled("Crop column", this.left)), labelled("Row", this.row), labelled("Column", this.column),
         check("Compare two maps", this.compare), check("Follow the pointer", this.follow)),
-      make("div", { className: "mx-row" }, labelled("Map of", this.quantity), labelled("Colours", this.palette), labelled("Opacity of the map", this.opacity),
-        labelled("Scale", this.scale), labelled("Matches", this.count),
+      make("div", { className: "mx-row" }, labelled("Map of", this.quantity), labelled("Overlay", this.whole), labelled("Colours", this.palette), labelled("Opacity of the map", this.opacity),
+        labelled("Scale", this.scale), labelled("Matches", this.count), labelled("Apart (px)", this.apart), check("Same colours", this.shared),
         make("div", { className: "mx-zoom", role: "group", "aria-label": "zoom" }, button("\u2212", "Zoom out", () => this.enlarge(-1)),
           this.factor, button("+", "Zoom in", () => this.enlarge(1)), button("Fit", "Fit the picture", () => set("zoom", 0))),
         button("Save PNG", "Save this view as PNG", () => this.save())),
-      this.problem, make("div", { className: "mx-lines" }, make("p", {}, "Click a pixel, or move it with the arrow keys."), this.notice, this.busy),
+      make("div", { className: "mx-row" }, check("What comes out", this.outcomes), labelled("Weights", this.weighting), this.extentField = labelled("Keys", this.extent),
+        labelled("Temperature", this.temperature), labelled("In", this.where), button("Pin", "Pin this pixel, or take its pin away", () => this.pin()),
+        button("Save session", "Save all choices as a small file", () => this.saveSession()), button("Load \u2026", "Load a session", () => this.sessionFile.click()), this.sessionFile,
+        button("Copy link", "Copy a link to this view", () => this.link())),
+      this.problem, make("div", { className: "mx-lines" }, make("p", { title: HELP, tabIndex: 0, "aria-label": HELP }, "Click a pixel, or use the keyboard (?)."), this.notice, this.busy, this.stop),
       make("div", { className: "mx-panels" }, ...this.panels.map((p) => p.node)),
       make("details", {}, make("summary", {}, "Code cell for this view"), this.code,
         make("div", { className: "mx-row" }, button("Copy", "Copy the code cell", () => this.copy()), this.copied)));
@@ -367,14 +457,19 @@ class App {
 
   listen() {
     const names = ["picture", "side", "point", "panels", "matches", "quantity", "opacity", "palette", "decades", "zoom", "options",
-      "answer", "problem", "busy", "code", "scene"];
+      "fit", "scale", "corner", "pins", "apart", "whole", "outcomes", "change", "results", "answer", "problem", "busy", "code", "scene"];
     this.read = () => Object.fromEntries(names.map((n) => [n, this.model.get(n)]));
     const pairs = names.map((n) => [`change:${n}`, () => this.changed(n)]);
     pairs.forEach(([event, act]) => this.model.on(event, act));
     const observer = new ResizeObserver(() => this.panels.forEach((p) => p.draw()));
     observer.observe(this.root);
     this.close = () => { pairs.forEach(([event, act]) => this.model.off(event, act)); observer.disconnect(); };
+    this.clock = setInterval(() => { if (this.since) this.say(); }, 500);
+    const before = this.close;
+    this.close = () => { before(); clearInterval(this.clock); };
     this.update();
+    const wanted = /[#&]msnlan=([^&]+)/.exec(location.hash);
+    if (wanted) { try { this.send({ kind: "session", session: JSON.parse(decodeURIComponent(wanted[1])) }); } catch { this.send({ kind: "session", session: null }); } }
   }
 
   changed(name) {
@@ -386,7 +481,10 @@ class App {
   say() {
     const problem = this.model.get("problem"), busy = this.model.get("busy") || (this.waiting ? "Working" : "");
     this.problem.textContent = problem; this.problem.hidden = !problem;
-    this.busy.textContent = busy && `${busy} \u2026`;
+    this.since = busy ? this.since || Date.now() : 0;
+    const seconds = this.since ? Math.floor((Date.now() - this.since) / 1000) : 0;
+    this.busy.textContent = busy && `${busy} \u2026${seconds ? ` ${seconds} s` : ""}`;
+    this.stop.hidden = !seconds;
     this.root.setAttribute("aria-busy", String(Boolean(busy)));
   }
 
@@ -397,6 +495,19 @@ class App {
     this.seen = state.scene; this.current = state;
     const { options, panels } = state;
     fill(this.pictures, options.pictures, state.picture);
+    fill(this.fit, ["reduce", "crop"], state.fit, (n) => (n === "crop" ? "native crop" : "reduced"));
+    fill(this.small, [0, 1, 2, 3, 4], state.scale, (n) => (n ? `x1/${n}` : "as the network"));
+    this.cornerFields.hidden = state.fit !== "crop"; [this.top.value, this.left.value] = state.corner;
+    fill(this.whole, Object.keys(WHOLE), state.whole, (n) => WHOLE[n]);
+    this.apart.value = state.apart; this.outcomes.checked = state.outcomes;
+    const { weighting = "", k, radius, temperature = 1, where = "branch" } = state.change;
+    fill(this.weighting, Object.keys(WEIGHTINGS), weighting === "own" ? "" : weighting, (n) => {
+      const own = state.scene.weightings.flat();
+      return WEIGHTINGS[n] + ((n === "softmax" || n === "sparsemax") && !own.includes(n) ? " (counterfactual)" : ""); });
+    fill(this.where, ["branch", "layer", "network"], where, (n) => (n === "network" ? "all layers" : `this ${n}`));
+    this.temperature.value = temperature; this.extentField.hidden = !["top-k", "random", "local window"].includes(weighting);
+    this.extentField.firstChild.textContent = weighting === "local window" ? "Radius" : "Keys";
+    if (k || radius) this.extent.value = k || radius;
     fill(this.sides, [...new Set([...options.sides, state.side])], state.side, (s) => `${s} px`);
     fill(this.scale, [...new Set([...SCALES.map((s) => s[0]), state.decades])], state.decades,
       (n) => (SCALES.find((s) => s[0] === n) || [0, `logarithmic, ${n} decades`])[1]);
@@ -414,6 +525,52 @@ class App {
     this.say();
     this.root.dataset.count = state.answer.count;
     if (this.next && !this.waiting) { const point = this.next; this.next = null; this.look(point); }
+  }
+
+  hover(at) {   // the same pixel in all panels
+    this.pointer = at;
+    this.panels.filter((p) => p.show && !p.node.hidden).forEach((p) => { p.show.hover = at; p.readout(); if (this.state.panels.length > 1) p.draw(false); });
+  }
+
+  alter() {   // other weights, as the controls say
+    const weighting = this.weighting.value, temperature = Number(this.temperature.value) || 1, extent = Math.max(1, Math.round(Number(this.extent.value)) || 1);
+    const change = { weighting: weighting || "own", where: this.where.value };
+    if (temperature !== 1) change.temperature = temperature;
+    if (weighting === "top-k" || weighting === "random") change.k = extent;
+    if (weighting === "local window") change.radius = extent;
+    if (!this.state.outcomes) this.ask("outcomes", true);
+    this.ask("change", weighting || temperature !== 1 ? change : {});
+  }
+
+  pin() {
+    const { pins, point } = this.state, at = pins.findIndex((p) => p[0] === point[0] && p[1] === point[1]);
+    this.ask("pins", at >= 0 ? pins.filter((_, i) => i !== at) : [...pins, point].slice(-LETTERS.length));
+  }
+
+  cancel() { this.model.send({ kind: "cancel", asked: this.asked }); }
+
+  session() {
+    const names = ["picture", "panels", "point", "side", "matches", "quantity", "opacity", "palette", "decades", "zoom", "scale", "fit", "corner", "pins", "apart", "whole",
+      "outcomes", "change"];
+    return { msnlan: "explorer 1", ...Object.fromEntries(names.map((n) => [n, this.model.get(n)])) };
+  }
+
+  saveSession() {
+    const url = URL.createObjectURL(new Blob([JSON.stringify(this.session(), null, 1)], { type: "application/json" }));
+    make("a", { href: url, download: "attention-session.json" }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+  }
+
+  async open(file) {
+    if (!file) return;
+    let session = null;
+    try { session = JSON.parse(await file.text()); } catch { /* the kernel says that it is none */ }
+    this.send({ kind: "session", session });
+  }
+
+  async link() {
+    const url = `${location.href.split("#")[0]}#msnlan=${encodeURIComponent(JSON.stringify(this.session()))}`;
+    try { await navigator.clipboard.writeText(url); } catch { location.hash = url.split("#")[1]; }
   }
 
   set(name, value) { this.model.set(name, value); this.model.save_changes(); }
@@ -448,6 +605,13 @@ class App {
     else if (event.key === "+" || event.key === "=") this.enlarge(1);
     else if (event.key === "-") this.enlarge(-1);
     else if (event.key === "0") this.set("zoom", 0);
+    else if (event.key === "Escape") this.cancel();
+    else if (/^[1-8]$/.test(event.key)) { const m = this.panels[0].show.matches[event.key - 1]; if (m) this.look([m.box[0] + m.box[2] / 2 - 0.5, m.box[1] + m.box[3] / 2 - 0.5], true); }
+    else if (event.key === "p") this.pin();
+    else if (event.key === "q") { const { pins, point } = this.state; if (pins.length) this.look(pins[(pins.findIndex((p) => p[0] === point[0] && p[1] === point[1]) + 1) % pins.length], true); }
+    else if (event.key === "m") this.ask("quantity", this.state.quantity === "match" ? "mixture" : "match");
+    else if (event.key === "o") this.ask("outcomes", !this.state.outcomes);
+    else if (event.key === "e") { const worst = ((this.state.results.panels || [])[0] || {}).worst; if (worst) this.look(worst, true); }
     else return;
     event.preventDefault(); event.stopPropagation();
   }
