@@ -396,9 +396,10 @@ def test_no_weight_no_paint_and_four_decades_at_most():
     import shutil
     if not shutil.which('node'): pytest.skip('needs node')
     code = (files('msnlan.correlation')/'static/explorer.js').read_text()
-    part = '\n'.join(re.search(rf'^(?:function|const) {name}\b.*?(?:^}}|;$)', code, re.S | re.M)[0] for name in ('clamp', 'DECADES', 'span', 'level'))
+    part = '\n'.join([re.search(rf'^const {n} = [^\n]*', code, re.M)[0] for n in ('clamp', 'DECADES')]
+                     + [re.search(rf'^function {n}\(.*?^}}', code, re.S | re.M)[0] for n in ('span', 'level')])
     run = part + """
-        const map = [0, 0, 0, 1e-20, 1e-3, 1];
-        console.log(JSON.stringify([span(map, 1, -1), span([0, 0.5], 0.5, -1), level(0, 1, 4), level(1, 1, 4), level(1e-20, 1, 4)]))"""
+        const map = new Float32Array([0, 0, 0, 1e-20, 1e-3, 1]), far = new Float32Array([0, 1e-20, 1e-20, 1]);
+        console.log(JSON.stringify([span(map, 1, -1), span(far, 1, -1), level(0, 1, 4), level(1, 1, 4), level(1e-20, 1, 4)]))"""
     out = subprocess.run(['node', '-e', run], capture_output=True, text=True, timeout=60)
-    assert out.stdout.strip() == '[3,1,0,255,0]', out.stderr
+    assert out.stdout.strip() == '[3,4,0,255,0]', out.stderr
