@@ -183,8 +183,9 @@ def _plain(query, keys, values, patch, softmax_scale, divisor, normalize_keys, w
     for key in keys:
         x = box_scores(torch.einsum('nchw,ncij->nhwij', query, key), r)
         if normalize_keys: x = x / key_norm(key, patch).unsqueeze(1)
-        scores.append(x.flatten(3) * softmax_scale)                         # (N, H, W, L)
-    weights, out = weigh(torch.cat(scores, -1), weighting).split([x.shape[-1] for x in scores], -1), 0
+        x = x.flatten(3)
+        scores.append(x if softmax_scale == 1 else x * softmax_scale)       # (N, H, W, L)
+    weights, out = weigh(torch.cat(scores, -1) if len(scores) > 1 else scores[0], weighting).split([x.shape[-1] for x in scores], -1), 0
     for key, value, weight in zip(keys, values, weights):
         a = box_scores(weight.unflatten(-1, key.shape[-2:]), r)
         cells = value.unflatten(-1, (-1, s)).unflatten(-3, (-1, s))         # (N, c, Hk, s, Wk, s)
@@ -193,9 +194,9 @@ def _plain(query, keys, values, patch, softmax_scale, divisor, normalize_keys, w
 
 # %% ../../nbs/attention/00_operator.ipynb #b615d764
 def _strip_rows(query, keys, patch):
-    "Rows of a strip: its scores, halo included, take about 128 MB on a CPU, 1/24 of the free memory on a GPU"
-    budget = 2**27
-    if query.is_cuda: budget = max(budget, torch.cuda.mem_get_info(query.device)[0]//24)
+    "Rows of a strip: its scores, halo included, take about 16 MB on a CPU (32 MB with a halo), 1/24 of the free memory on a GPU"
+    budget = 2**24 if patch == 1 else 2**25            # measured: what stays in the cache is read again for little
+    if query.is_cuda: budget = max(2**27, torch.cuda.mem_get_info(query.device)[0]//24)
     row = query.shape[0]*query.shape[-1]*sum(k.shape[-2]*k.shape[-1] for k in keys)*query.element_size()
     return max(1, min(query.shape[-2], budget//row - 4*(patch//2)))
 
@@ -337,7 +338,9 @@ def _dispatch(query, keys, values, s, backend, *options):
 # %% ../../nbs/attention/00_operator.ipynb #d0eca5e0
 @_eager
 def _run_strips(query, keys, values, *options):
-    "Strips with the number of rows that fits the budget"
+    "Strips with the number of rows that fits the budget; without patches a query has no neighbours, and rows may be cut"
+    if options[0] == 1 and query.shape[-1] > 1 and all(k.shape[-2:] == v.shape[-2:] for k, v in zip(keys, values)):
+        return _run_strips(query.flatten(2)[..., None], keys, values, *options).view(*query.shape[:1], -1, *query.shape[2:])
     return _Strips.apply(options, _strip_rows(query, keys, options[0]), len(keys), query, *keys, *values)
 
 # %% ../../nbs/attention/00_operator.ipynb #0f5ad90a
