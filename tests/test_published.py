@@ -2,6 +2,7 @@
 from pathlib import Path
 import pandas as pd, pytest
 from msnlan.evaluation.scores import evaluate, summarise
+from msnlan.evaluation.claims import read_claims
 from msnlan.evaluation.published import join_published, read_published
 
 FOLDER = Path(__file__).resolve().parents[1]/'reports'/'published'
@@ -27,3 +28,15 @@ def test_measured_beside_published(data_root):
 def test_bad_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match='expected a folder'): read_published(tmp_path/'no')
     with pytest.raises(ValueError, match='found none'): read_published(tmp_path)
+
+
+def test_claims_are_those_of_the_printed_ablations():
+    claims = read_claims(FOLDER.parents[1]/'nbs/experiments/claims.yaml')
+    printed = pd.read_csv(FOLDER/'csnln_ablations.csv').set_index('variant').psnr_db
+    names = {'none': 'branches: none (10 convs)', 'patch 1': 'patch 1x1', 'patch 3': 'patch 3x3', 'patch 5': 'patch 5x5',
+             **{n: f'fusion {n}' for n in ('addition', 'concatenation', 'mutual projection')}}
+    variant = lambda arm: names.get(arm, f'branches: {arm}')
+    from_csnln = {n: c for n, c in claims.items() if c['study'].startswith('ablation-csnln')}
+    assert len(from_csnln) == 6 and len(claims) > 10
+    for name, c in from_csnln.items():
+        assert round(printed[variant(c['better'])] - printed[variant(c['worse'])], 2) == c['printed'], name
