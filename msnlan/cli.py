@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['plain', 'app', 'Parameters', 'DataRoot', 'Out', 'Listed', 'RESTORATION', 'models_app', 'SelfEnsemble', 'Pictures',
            'Result', 'Tile', 'Device', 'Overwrite', 'AtOnce', 'data_app', 'SetName', 'parse_parameters',
-           'use_data_root', 'run_command', 'train', 'evaluate', 'attention', 'tables', 'explore', 'reproduce', 'init',
-           'why', 'job', 'models', 'models_card', 'score', 'apply_network', 'upscale', 'restore', 'export', 'data_list',
-           'data_fetch', 'data_verify', 'bench', 'main']
+           'use_data_root', 'run_command', 'predict', 'train', 'evaluate', 'attention', 'tables', 'explore',
+           'reproduce', 'init', 'why', 'job', 'models', 'models_card', 'score', 'apply_network', 'upscale', 'restore',
+           'export', 'data_list', 'data_fetch', 'data_verify', 'bench', 'main']
 
 # %% ../nbs/05_cli.ipynb #7a03a0a0
 import os, sys
@@ -74,14 +74,29 @@ def run_command(
     typer.echo(f'{out}/notebook.ipynb, result.json')
     return result
 
+# %% ../nbs/05_cli.ipynb #4ff18e0a
+def predict(given:dict):   # name -> value
+    "Say what a training would take, without starting it"
+    from dataclasses import fields
+    from msnlan.reproduce.runs import check_parameters, notebook_path
+    from msnlan.training.budget import describe
+    from msnlan.training.recipes import TrainConfig, check_config, load_recipe
+    check_parameters(notebook_path('train'), given)
+    recipe, names = given.get('recipe', 'default'), {f.name for f in fields(TrainConfig)}
+    cfg = load_recipe(recipe, {k: v for k, v in given.items() if k in names})
+    check_config(cfg)
+    typer.echo('\n'.join(describe(cfg, recipe, processes=max(1, given.get('processes', 1)))))
+
 # %% ../nbs/05_cli.ipynb #4ff18e02
 @app.command()
 def train(parameter:Parameters=None, data_root:DataRoot=None, out:Out=None, listed:Listed=False,
-          fresh:Annotated[bool, typer.Option(help='Start again instead of going on from checkpoints')]=False):
+          fresh:Annotated[bool, typer.Option(help='Start again instead of going on from checkpoints')]=False,
+          dry_run:Annotated[bool, typer.Option('--dry-run', help='Only predict peak memory and hours')]=False):
     """Train a network: notebook `train`.
 
     Example: msnlan train -p model=msnlan-tiny -p steps=2000 -p scale=2 -o runs/tiny-x2
     """
+    if dry_run: return predict(parse_parameters(parameter))
     parameter = [*(parameter or []), *(['resume=never'] if fresh else [])]
     result = run_command('train', parameter, data_root, out, listed, go_on=not fresh)
     s = result['summary']

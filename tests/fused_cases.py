@@ -22,7 +22,7 @@ SLOW = {
     'strips_of_keys_p5': ((1, 2, 2, 14, 4), [(14, 4), (9, 3)], 2, 5, {}, 36*15**2), 'wide': ((1, 8, 8, 20, 17), [(20, 21)], 1, 7, {}, 0)}
 
 
-def both(case, dtype, unfold=True, device='cpu'):
+def both(case, dtype, form='auto', device='cpu'):
     "Output and gradients of the fused kernels and of the definition in float64"
     from msnlan.attention.gpu import fused_attention
     (N, c, cv, H, W), grids, s, patch, options, room = case
@@ -34,7 +34,7 @@ def both(case, dtype, unfold=True, device='cpu'):
         a = [t.to(device, dtype).to(kind).requires_grad_() for t in maps]                  # the same rounded inputs
         out = f(a[0], a[1:n+1], a[n+1:], patch, 4., **options, **kw)
         return [t.double() for t in (out, *torch.autograd.grad(out, a, up.to(device, kind)))]
-    return run(fused_attention, dtype, unfold=unfold, room=room), run(patch_attention_reference, torch.float64)
+    return run(fused_attention, dtype, form=form, room=room), run(patch_attention_reference, torch.float64)
 
 
 def relative(a, b): return ((a-b).abs().max()/b.abs().max().clamp_min(1e-30)).item()
@@ -42,13 +42,13 @@ def relative(a, b): return ((a-b).abs().max()/b.abs().max().clamp_min(1e-30)).it
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
-def check_cases(cases, kinds=(torch.float64, torch.float32), unfold=(True, False), device='cpu'):
+def check_cases(cases, kinds=(torch.float64, torch.float32), forms=('auto', 'box', 'wide', 'inside'), device='cpu'):
     for name, case in cases.items():
         for kind in kinds:
-            for u in unfold:
-                got, want = both(case, kind, u, device)
+            for form in forms:
+                got, want = both(case, kind, form, device)
                 worst = max(relative(a, b) for a, b in zip(got, want))
-                assert worst < BOUND[kind], (name, kind, u, worst)
+                assert worst < BOUND[kind], (name, kind, form, worst)
 
 
 def check_cut_really(device=None):
@@ -73,7 +73,7 @@ def check_opcheck(device='cpu', utils=('test_schema', 'test_faketensor', 'test_a
     from msnlan.attention.gpu import fused_op
     rand = lambda *s: torch.rand(*s, device=device).requires_grad_()
     for sparse in (False, True):
-        args = rand(1, 2, 3, 4), [rand(1, 2, 3, 3)], [rand(1, 3, 3)], [rand(1, 3, 3, 3)], 3, sparse, True, 0
+        args = rand(1, 2, 3, 4), [rand(1, 2, 3, 3)], [rand(1, 3, 3)], [rand(1, 3, 3, 3)], 3, sparse, 'auto', 0
         assert set(torch.library.opcheck(fused_op, args, test_utils=utils).values()) == {'SUCCESS'}
 
 
@@ -101,10 +101,49 @@ def check_compile_and_autocast(device='cpu'):
     assert half.dtype == torch.bfloat16 and relative(half.float(), want) < .05
 
 
+def check_plan(device='cpu'):
+    "What the kernels' program allocates is what was planned, whichever way the work is cut"
+    from msnlan.attention import gpu
+    from msnlan.attention.gpu import LiveBytes, Maps, planned_bytes, run_backward, run_forward
+    launch, gpu.launch = gpu.launch, lambda *args, **options: None             # the interpreter holds its arguments for a while
+    for name in ('levels', 'sparsemax_p1', 'strips', 'strips_of_keys'):
+        (N, c, cv, H, W), grids, _, patch, options, room = CASES[name]
+        shapes = (N, c, H, W), [(N, c, *g) for g in grids], [(N, cv, *g) for g in grids]
+        sparse = options.get('weighting') == 'sparsemax'
+        with LiveBytes() as live:
+            maps = [torch.ones(shapes[0]), [torch.ones(s) for s in shapes[1]], [torch.ones(N, *g) for g in grids],
+                    [torch.ones(s) for s in shapes[2]], patch, sparse, 'auto', room]
+            out, stat = run_forward(Maps(*maps))
+            run_backward(Maps(*maps), out, stat)
+        planned = planned_bytes(*shapes, patch, sparse, room=room)
+        assert abs(planned/live.peak - 1) < .01, (name, live.peak, planned)
+    gpu.launch = launch
+
+
+def check_networks(device='cpu'):
+    "The five networks are one graph each, with the same numbers, forward and backward"
+    from msnlan.models.layers import PatchAttention
+    from msnlan.models.zoo import create_model
+    small = {'msnlan': dict(n_feats=16, n_resgroups=2, n_resblocks=1, patches=(3,)), 'csnln': dict(n_feats=4, depth=1),
+             'panet': dict(n_feats=4, n_resblocks=2, pa_reduction=2, levels=2), 'hspan': dict(n_feats=4, n_resgroups=1, n_resblocks=1),
+             'mlrn': dict(n_feats=16, n_modules=1, region=8)}
+    for name, config in small.items():
+        torch.manual_seed(0)
+        net = create_model(name, scale=2, **config).to(device)
+        for m in net.modules():
+            if isinstance(m, PatchAttention): m.backend = 'triton'
+        x, graphs = torch.rand(1, 3, 6, 4, device=device), []
+        def count(graph, inputs): graphs.append(graph); return graph.forward
+        torch._dynamo.reset()
+        with torch.no_grad(): assert relative(torch.compile(net, backend=count, fullgraph=True)(x), net(x)) < 1e-4, name
+        assert len(graphs) == 1, name
+
+
 CHECKS = dict(
-    cases=lambda d: check_cases(CASES, unfold=(True,), kinds=(torch.float64,), device=d),
-    in_kernel=lambda d: check_cases({k: CASES[k] for k in ('levels', 'sparsemax_p1')}, (torch.float32,), (False,), d),
-    half=lambda d: check_cases({k: CASES[k] for k in ('levels', 'sparsemax_p1')}, (torch.float32, torch.bfloat16, torch.float16), (True,), d),
+    plan=check_plan, networks=check_networks,
+    cases=lambda d: check_cases(CASES, (torch.float64, torch.float32), ('auto',), d),
+    in_kernel=lambda d: check_cases({k: CASES[k] for k in ('levels', 'sparsemax_p1')}, (torch.float32,), ('box', 'inside'), d),
+    half=lambda d: check_cases({k: CASES[k] for k in ('levels', 'sparsemax_p1')}, (torch.float32, torch.bfloat16, torch.float16), ('wide', 'inside'), d),
     cut=check_cut_really, zero=check_zero_keys, opcheck=check_opcheck, compile=check_compile_and_autocast,
     wide=lambda d: (check_cases(CASES, device=d), check_cases(SLOW, device=d)),
     opcheck_all=lambda d: check_opcheck(d, ('test_schema', 'test_faketensor', 'test_autograd_registration', 'test_aot_dispatch_dynamic')))

@@ -38,7 +38,8 @@ def problems(draw):
 
 def backends(options):
     compiled = ['whole', 'numba'] if options['weighting'] == 'softmax' else ['whole']
-    return ['plain', 'strips'] + (compiled if has_numba() else [])
+    pixels = ['sdpa'] if options['weighting'] == 'softmax' and options.get('patch') == 1 else []
+    return ['plain', 'strips', *pixels] + (compiled if has_numba() else [])
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -8,7 +8,7 @@ __all__ = ['BITS', 'ROWS', 'BYTES', 'f32', 'LOG2E', 'LN2A', 'LN2B', 'HALF', 'E0'
            'grad_line', 'simplex_thresholds']
 
 # %% ../../nbs/attention/01_kernels.ipynb #382e94f0
-import functools, math
+import functools, math, os
 import numba
 import numpy as np
 from llvmlite import binding, ir
@@ -18,8 +18,12 @@ from numba.extending import intrinsic, overload
 
 # %% ../../nbs/attention/01_kernels.ipynb #e0df29a8
 def _vector_bits():
+    "Width of the machine's vectors; MSNLAN_VECTOR_BITS builds the kernels for another, which the compiler splits"
+    named = os.environ.get('MSNLAN_VECTOR_BITS')
+    if named and named not in ('128', '256', '512'):
+        raise ValueError(f'MSNLAN_VECTOR_BITS: expected 128, 256 or 512, found {named!r}')
     f = binding.get_host_cpu_features()
-    return 512 if f.get('avx512f') else 256 if f.get('avx') else 128
+    return int(named) if named else 512 if f.get('avx512f') else 256 if f.get('avx') else 128
 
 BITS = _vector_bits()
 ROWS = 8 if BITS == 512 else 4               # rows of the register tile; tiles have multiples of 8 rows
@@ -28,6 +32,7 @@ ROWS = 8 if BITS == 512 else 4               # rows of the register tile; tiles 
 def _jit(f, fast=('contract',)):
     "Compile at the first call, without the interpreter lock; keep the machine code on disk where possible"
     options = dict(nogil=True, fastmath=set(fast), error_model='numpy')
+    if os.environ.get('MSNLAN_VECTOR_BITS'): return numba.njit(**options)(f)   # what is on disk has the machine's width
     try: return numba.njit(cache=True, **options)(f)
     except RuntimeError: return numba.njit(**options)(f)              # no place to keep it (a notebook cell)
 

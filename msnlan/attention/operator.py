@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['NORM_FLOOR', 'BACKENDS', 'CHOICES', 'has_numba', 'has_triton', 'sparsemax', 'weigh', 'key_norm',
-           'patch_attention_reference', 'diagonal_sum', 'box_scores', 'known', 'choose', 'patch_attention',
-           'attention_map']
+           'patch_attention_reference', 'diagonal_sum', 'box_scores', 'read_choices', 'known', 'choose',
+           'patch_attention', 'attention_map']
 
 # %% ../../nbs/attention/00_operator.ipynb #554a59ab
-import functools, importlib.util, os, warnings
+import functools, importlib.util, json, os, warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from ..basics import package_folder
 
 # %% ../../nbs/attention/00_operator.ipynb #e8f93e9b
 def has_numba()->bool: # can the compiled CPU kernels be used?
@@ -237,18 +239,35 @@ class _Strips(torch.autograd.Function):
         return None, None, None, *total
 
 # %% ../../nbs/attention/00_operator.ipynb #f6e24879
-BACKENDS = 'auto', 'plain', 'strips', 'numba', 'whole', 'triton', 'reference'
+BACKENDS = 'auto', 'plain', 'strips', 'numba', 'whole', 'triton', 'sdpa', 'reference'
 
-# device, weighting, samples, pairs of query and key below (in all, a sample), backend; '' and None: any
+# device, weighting, patch, samples, pairs of query and key below (in all, a sample), backend; '' and None: any
 CHOICES = (  # the first line that fits
-    ('cpu', '', '', 2**17, None, 'plain'),              # measured: a compiled call would cost more
-    ('cpu', 'softmax', 'one', None, 2**20, 'whole'),    # measured: threads share the walk
-    ('cpu', 'sparsemax', 'one', None, 2**23, 'whole'),
-    ('cpu', '', 'many', None, 2**23, 'whole'),          # measured: up to 32 MB a map
-    ('cpu', 'softmax', '', None, None, 'numba'),        # measured: reports/benchmarks/attention-cpu.md
-    ('cpu', '', '', 2**24, None, 'plain'),              # measured: up to 64 MB a map
-    ('cuda', '', '', None, None, 'triton'),             # on paper so far (05_gpu)
-    ('', '', '', None, None, 'strips'))
+    ('cpu', '', None, '', 2**17, None, 'plain'),              # measured: a compiled call would cost more
+    ('cpu', 'softmax', None, 'one', None, 2**20, 'whole'),    # measured: threads share the walk
+    ('cpu', 'sparsemax', None, 'one', None, 2**23, 'whole'),
+    ('cpu', '', None, 'many', None, 2**23, 'whole'),          # measured: up to 32 MB a map
+    ('cpu', 'softmax', None, '', None, None, 'numba'),        # measured: reports/benchmarks/attention-cpu.md
+    ('cpu', '', None, '', 2**24, None, 'plain'),              # measured: up to 64 MB a map
+    ('cuda', 'softmax', 1, '', None, None, 'sdpa'),           # on paper (05_gpu); what was measured goes before
+    ('cuda', '', None, '', None, None, 'triton'),
+    ('', '', None, '', None, None, 'strips'))
+
+# %% ../../nbs/attention/00_operator.ipynb #f6e2487a
+def read_choices(
+    path:str|Path|None=None,  # none: $MSNLAN_CHOICES, else what lies in the clone's reports
+)->tuple:                     # lines as in `CHOICES`; none where nothing was measured
+    "Lines that `msnlan bench gpu` measured; they go before `CHOICES`"
+    path = path or os.environ.get('MSNLAN_CHOICES') or package_folder().parent/'reports/benchmarks/choices-cuda.json'
+    if not Path(path).is_file(): return ()
+    lines = tuple(tuple(line) for line in json.loads(Path(path).read_text())['lines'])
+    for line in lines:
+        if len(line) != 7 or line[-1] not in BACKENDS:
+            raise ValueError(f'{path}: expected lines of device, weighting, patch, samples, two bounds and one of '
+                             f"{', '.join(BACKENDS)}, found {line}; MSNLAN_CHOICES= leaves it out")
+    return lines
+
+_MEASURED = read_choices()   # once: a compiled graph cannot read files
 
 # %% ../../nbs/attention/00_operator.ipynb #4e7250bf
 def known(backend:str)->str:
@@ -270,14 +289,15 @@ def choose(
     patch:int=3,             # patch size p
     samples:int=1,           # N
 )->str:                      # a backend
-    "The backend for maps of this size: the environment's MSNLAN_BACKEND, else the first line of `CHOICES` that fits"
+    "The backend for maps of this size: MSNLAN_BACKEND, else the first line that fits, measured or of `CHOICES`"
     named = os.environ.get('MSNLAN_BACKEND', 'auto')
     if named != 'auto': return known(named)
     compiled = patch <= 31 and has_numba()
     ready = dict(numba=compiled, whole=compiled, triton=has_triton())
     many = 'many' if samples > 1 else 'one'
-    for kind, weighs, count, in_all, a_sample, backend in CHOICES:
+    for kind, weighs, size, count, in_all, a_sample, backend in (*_MEASURED, *CHOICES):
         if kind not in ('', device) or weighs not in ('', weighting) or count not in ('', many): continue
+        if size not in (None, patch): continue
         if in_all and pairs*samples >= in_all or a_sample and pairs > a_sample: continue
         if ready.get(backend, True): return backend
         if backend == 'triton': _say_once('Triton is not installed, so attention runs in strips, which is slower '
@@ -319,6 +339,18 @@ def _whole(query, keys, values, s, patch, softmax_scale, divisor, normalize_keys
     out = WholeMaps.apply(patch, len(keys), sparse, normalize_keys, query, *keys, *factors, *cells)
     return F.pixel_shuffle(out, s)/divisor
 
+# %% ../../nbs/attention/00_operator.ipynb #f517993e
+def _pixels(query, keys, values, s, patch, softmax_scale, divisor, normalize_keys, weighting):
+    "PyTorch's own fused attention: one pixel a patch, no map"
+    if weighting != 'softmax' or patch != 1:
+        raise ValueError("backend 'sdpa' does softmax with patch 1; use 'auto' or 'strips'")
+    factors, cells = _laid_out(keys, values, s, patch, softmax_scale, normalize_keys)
+    rows = lambda t: t.flatten(2).mT[:, None]                               # (N, 1, L, c)
+    k = torch.cat([rows(k*f[:, None].to(k.dtype)) for k, f in zip(keys, factors)], 2)
+    v = torch.cat([rows(c) for c in cells], 2)
+    out = F.scaled_dot_product_attention(rows(query), k, v, scale=1.)[:, 0].mT
+    return F.pixel_shuffle(out.unflatten(2, query.shape[-2:]), s)/divisor
+
 # %% ../../nbs/attention/00_operator.ipynb #f517993c
 def _fused(query, keys, values, *options):
     "The fused kernels, loaded where they are used"
@@ -331,6 +363,7 @@ def _dispatch(query, keys, values, s, backend, *options):
     if backend == 'plain': return _plain(query, keys, values, *options)
     if backend == 'reference': return patch_attention_reference(query, keys, values, *options)
     if backend == 'triton': return _fused(query, keys, values, *options)
+    if backend == 'sdpa': return _pixels(query, keys, values, s, *options)
     if backend == 'numba': return _walk(query, keys, values, s, *options)
     if backend == 'whole': return _whole(query, keys, values, s, *options)
     return _run_strips(query, keys, values, *options)
@@ -360,7 +393,7 @@ def patch_attention(
     if known(backend) == 'auto': backend = _chosen(query, keys, patch, weighting)
     kind = query.dtype
     work = torch.float64 if kind == torch.float64 else torch.float32
-    if backend == 'triton' and kind in (torch.bfloat16, torch.float16): work = kind
+    if backend in ('triton', 'sdpa') and kind in (torch.bfloat16, torch.float16): work = kind
     query, keys, values = query.to(work), [k.to(work) for k in keys], [v.to(work) for v in values]
     with torch.autocast(query.device.type, enabled=False):
         return _dispatch(query, keys, values, s, backend, patch, softmax_scale, divisor, normalize_keys,

@@ -39,6 +39,7 @@ class TrainConfig:
     ema:float=0.                    # decay of the averaged weights; 0: none
     precision:str='no'              # 'no' (float32) | 'bf16' | 'fp16' autocast
     compile:bool=False              # torch.compile
+    compile_mode:str='default'      # 'default' | 'reduce-overhead': CUDA graphs, for small batches of a GPU
     channels_last:bool=False        # memory format of the convolutions
     seed:int=1                      # weights, patches, flips
     workers:int=0                   # loader processes a rank
@@ -56,7 +57,8 @@ class TrainConfig:
 # %% ../../nbs/training/00_recipes.ipynb #a33034e7
 def check_config(cfg:TrainConfig, world:int=1):
     "Raise `ValueError` naming the first setting of `cfg` that cannot work with `world` processes"
-    choices = dict(schedule=('multistep', 'cosine', 'constant'), precision=('no', 'bf16', 'fp16'))
+    choices = dict(schedule=('multistep', 'cosine', 'constant'), precision=('no', 'bf16', 'fp16'),
+                   compile_mode=('default', 'reduce-overhead'))
     for name, allowed in choices.items():
         value = getattr(cfg, name)
         if value not in allowed:

@@ -6,7 +6,7 @@
 __all__ = ['RESULTS', 'LOCAL', 'make_accelerator', 'averaging', 'Trainer', 'agree', 'forward', 'take_step', 'stop_not_finite',
            'start_over', 'resume_run', 'start_trackers', 'note_session', 'log_point', 'recipe_of', 'about_run',
            'check_ranks', 'record_validation', 'write_curves', 'finish', 'save_run', 'progress_bar', 'fit', 'train',
-           'plot_curves', 'LiveCurves', 'main', 'launch']
+           'plot_curves', 'LiveCurves', 'say_budget', 'main', 'launch']
 
 # %% ../../nbs/training/03_trainer.ipynb #630dfb8a
 import json, os, shutil, signal, subprocess, sys, time
@@ -83,7 +83,7 @@ class Trainer:
         if cfg.channels_last: self.net.to(memory_format=torch.channels_last)
         learned = [p for p in self.net.parameters() if p.requires_grad]
         adam = torch.optim.Adam(learned, lr=cfg.lr, betas=cfg.betas)
-        model = torch.compile(self.net) if cfg.compile else self.net
+        model = torch.compile(self.net, mode=cfg.compile_mode) if cfg.compile else self.net
         self.model, self.adam = acc.prepare(model, adam)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: lr_factor(step, cfg))
         self.average = None
@@ -111,20 +111,22 @@ def agree(
 def forward(t:Trainer, lr:torch.Tensor, hr:torch.Tensor)->tuple:   # loss, output
     "One micro-batch through the network, in the precision asked for"
     if t.cfg.channels_last: lr = lr.to(memory_format=torch.channels_last)
+    graphs = t.cfg.compile and t.cfg.compile_mode == 'reduce-overhead'
+    if graphs: torch.compiler.cudagraph_mark_step_begin()
     with t.acc.autocast(): out = t.model(lr)
-    return t.loss(out.float(), hr), out.detach()
+    return t.loss(out.float(), hr), out.detach().clone() if graphs else out.detach()   # a graph reuses its memory
 
 # %% ../../nbs/training/03_trainer.ipynb #132ad44f
 def take_step(
     t:Trainer,
-    source,            # iterator of (lr, hr)
+    source,            # iterator of (lr, hr), see `batches`
     caught=(None,),    # [0] names the signal that asked this process to stop, see `catch_signals`
 )->tuple:              # mean loss over all processes, whether to stop
     "One optimiser step over `accumulate` micro-batches"
     acc, cfg, seen = t.acc, t.cfg, []
     total = torch.zeros((), device=acc.device)
     for _ in range(cfg.accumulate):
-        lr, hr = (x.to(acc.device, non_blocking=True) for x in next(source))
+        lr, hr = next(source)
         with acc.accumulate(t.model):
             loss, out = forward(t, lr, hr)
             acc.backward(loss)
@@ -375,6 +377,18 @@ class LiveCurves:
         self.drawn += 1
         plt.close(fig)
 
+# %% ../../nbs/training/03_trainer.ipynb #55f3f26e
+def say_budget(
+    cfg:TrainConfig,
+    name:str='',        # recipe
+    cpu:bool=False,     # stay on the CPU
+)->int:                 # exit status
+    "Print what a run would take"
+    from msnlan.training.budget import describe
+    check_config(cfg)
+    print('\n'.join(describe(cfg, name, 'cpu' if cpu else None)))
+    return 0
+
 # %% ../../nbs/training/03_trainer.ipynb #55f3f26f
 def main(argv=None)->int:
     "Train from a shell; returns the exit status: 0 done, 1 an error or an early stop"
@@ -387,10 +401,12 @@ def main(argv=None)->int:
     ap.add_argument('settings', nargs='*', metavar='name=value', help='settings that replace the recipe\'s')
     ap.add_argument('--resume', default='auto', choices=['auto', 'never'])
     ap.add_argument('--cpu', action='store_true', help='stay on the CPU')
+    ap.add_argument('--dry-run', action='store_true', help='only say what it would take: memory and hours')
     a = ap.parse_intermixed_args(argv)
     try:
         changes = {k: yaml.safe_load(v) for k, _, v in (s.partition('=') for s in a.settings)}
         cfg = make_config(changes) if a.recipe == '-' else load_recipe(a.recipe, changes)
+        if a.dry_run: return say_budget(cfg, a.recipe, a.cpu)
         summary = fit(Trainer(cfg, a.out, cpu=a.cpu), a.resume)
     except (ValueError, OSError, FloatingPointError) as e: print(f'training: {e}', file=sys.stderr); return 1
     print(json.dumps(summary))
