@@ -1,0 +1,59 @@
+"""What a run will take, said before it runs; batches that are on their way while a step computes."""
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
+import pytest, torch
+from test_cli import is_one_line_error, msnlan, project                                        # noqa: F401 (a fixture)
+from msnlan.training import budget
+from msnlan.training.feed import ahead
+from msnlan.training.recipes import TrainConfig, load_recipe
+
+SMALL = dict(n_feats=16, n_resgroups=2, n_resblocks=1)
+
+
+def test_dry_run(project):                                                                      # noqa: F811
+    given = ['-p', 'steps=1000', '-p', 'patch=12', '-p', 'batch=2', '-p', f'model_config={json.dumps(SMALL)}']
+    run = msnlan('train', '--dry-run', *given, '-o', 'runs/x', cwd=project)
+    assert run.returncode == 0, run.stderr
+    assert [line.split(':')[0] for line in run.stdout.splitlines()] == ['msnlan', 'memory', 'time']
+    assert not (project/'runs').exists()
+    is_one_line_error(msnlan('train', '--dry-run', '-p', 'stepz=1', cwd=project), 'stepz')
+
+
+def test_rate_that_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, 'package_folder', lambda: tmp_path/'msnlan')
+    cfg = load_recipe('msnlan', dict(precision='bf16'))
+    assert budget.measured_rate(cfg, 'msnlan', 'a GPU') is None
+    row = dict(part='training', recipe='msnlan', kind='bf16', method='ours', patch=48, patches_per_second=100.)
+    rows = [row, row | dict(patches_per_second=200.), row | dict(kind='TF32', patches_per_second=300.), row | dict(method='reference', patches_per_second=400.)]
+    (tmp_path/'reports/benchmarks').mkdir(parents=True)
+    (tmp_path/'reports/benchmarks/gpu.json').write_text(json.dumps(dict(machine=dict(device='a GPU'), rows=rows)))
+    assert budget.measured_rate(cfg, 'msnlan', 'a GPU') == 200 and budget.measured_rate(cfg, 'msnlan', 'another') is None
+    assert budget.measured_rate(cfg, 'csnln', 'a GPU') is None
+
+
+def test_gpu_memory_holds_what_the_attention_takes_inside():
+    one = TrainConfig(model='msnlan', model_config=SMALL, patch=48, batch=1)
+    step = budget.step_budget(one, 'cuda').peak
+    inside = budget.planned_bytes((1, 8, 48, 48), [(1, 8, 52, 52)], [(1, 16, 52, 52)], 7)
+    assert inside < step < 3*inside                                                            # maps of scores are most of it
+
+
+class Moved(list):
+    "Stands for a tensor: notes what is done to it"
+    def to(self, device, non_blocking=False): self.append(('to', str(device), non_blocking)); return self
+    def record_stream(self, stream): self.append('record')
+
+
+def test_next_batch_is_on_its_way(monkeypatch):
+    started, waited = [], []
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: 'side')
+    monkeypatch.setattr(torch.cuda, 'stream', lambda s: nullcontext())
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: SimpleNamespace(wait_stream=waited.append))
+    def source():
+        for n in range(3): started.append(n); yield Moved(), Moved()
+    got = ahead(source(), torch.device('cuda', 0))
+    first = next(got)
+    assert started == [0, 1] and waited == ['side']                          # the second is under way before the first is used
+    assert first == [[('to', 'cuda:0', True), 'record']]*2
+    assert len(list(got)) == 2 and started == [0, 1, 2]
