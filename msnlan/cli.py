@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain', 'app', 'Parameters', 'DataRoot', 'Out', 'Listed', 'RESTORATION', 'models_app', 'SelfEnsemble', 'Pictures',
            'Result', 'Tile', 'Device', 'Overwrite', 'AtOnce', 'data_app', 'SetName', 'parse_parameters',
-           'use_data_root', 'run_command', 'predict', 'train', 'evaluate', 'attention', 'tables', 'explore',
+           'use_data_root', 'run_command', 'predict', 'train', 'evaluate', 'attention', 'story', 'tables', 'explore',
            'reproduce', 'init', 'why', 'job', 'models', 'models_card', 'score', 'apply_network', 'upscale', 'restore',
            'export', 'data_list', 'data_fetch', 'data_verify', 'bench', 'main']
 
@@ -127,6 +127,19 @@ def attention(parameter:Parameters=None, data_root:DataRoot=None, out:Out=None, 
     """
     result = run_command('attention_maps', parameter, data_root, out, listed)
     typer.echo(f"{len(result['figures'])} figures")
+
+# %% ../nbs/05_cli.ipynb #97478ad3
+@app.command()
+def story(
+    parameter:Parameters=None, data_root:DataRoot=None, out:Out=None, listed:Listed=False,
+    page:Annotated[Optional[Path], typer.Option(help='Folder for the page; default: beside the results')]=None,
+):
+    """What attention sees: one picture, five systems, and what happens without: notebook `what_attention_sees`.
+
+    Example: msnlan story -p picture=coffee --page reports/attention
+    """
+    more = [f'page={page.absolute()}'] if page else []
+    typer.echo(run_command('what_attention_sees', [*(parameter or []), *more], data_root, out, listed)['said'])
 
 # %% ../nbs/05_cli.ipynb #4a70078a
 @app.command()
