@@ -257,4 +257,5 @@ def write_photo(
     "Write a picture in one step; `FileExistsError` where one is and `overwrite` is not asked for"
     path = Path(path)
     if path.exists() and not overwrite: raise FileExistsError(f'{path} is there already; --overwrite replaces it')
-    return write_bytes(path, encode(photo, format_of(path)))
+    try: return write_bytes(path, encode(photo, format_of(path)))
+    except OSError as e: raise OSError(e.errno, e.strerror or str(e), str(path)) from None    # a full disk names no file

@@ -7,6 +7,16 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def networks()->str:
+    "The shipped networks as a table, from the cards beside their weights"
+    from msnlan.models.cards import markdown_table, shipped_rows
+    rows = []
+    for r in shipped_rows():
+        scores = ', '.join(f"{s['dataset']} {s['psnr']:.2f} ({s['bicubic_psnr']:.2f})" for s in r['scores'])
+        rows.append([f"`{r['name']}`", r['task'] if r['scale'] == 1 else f"x{r['scale']}", f"{r['parameters']:,}", scores or 'not measured yet'])
+    return markdown_table(['name', 'does', 'parameters', 'PSNR'], rows)
+
+
 def readme()->str:
     "The text of README.md, from the cells of the index notebook that are not hidden"
     nb = nbformat.read(ROOT/'nbs/index.ipynb', as_version=4)
@@ -15,6 +25,7 @@ def readme()->str:
         if c.cell_type == 'code': c.outputs = []
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = text.replace('](images/', '](nbs/images/')   # pictures lie beside the notebook
+    text = text.replace('<!-- networks -->', networks())
     return '<!-- Written from nbs/index.ipynb by `make readme`. -->\n\n' + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 

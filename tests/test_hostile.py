@@ -1,6 +1,7 @@
 """Whatever a file holds: a right result or one clear line; no traceback, no hang, no half-written file, within time and memory."""
-import collections, json, signal
+import collections, json, signal, sys
 from contextlib import contextmanager
+from pathlib import Path
 import pytest, torch
 from hostile import file_of
 from msnlan.batch import Task, convert
@@ -23,11 +24,15 @@ def time_limit(what):
     finally: signal.alarm(0)
 
 
-@pytest.fixture(scope='module')
-def nets():
+def small_nets():
+    "One that enlarges and one that restores"
     torch.manual_seed(0)
     return dict(up=create_model('msnlan', scale=2, n_feats=16, n_resgroups=2, n_resblocks=1).eval(),
                 back=create_model('panet', task='denoise', n_feats=16, n_resblocks=2).eval())
+
+
+@pytest.fixture(scope='module')
+def nets(): return small_nets()
 
 
 def weight_files(net, folder):
@@ -99,3 +104,22 @@ def test_ten_thousand_hostile_files(nets, tmp_path):
     count, wrong = send(2, range(10_000), nets, tmp_path)
     print(json.dumps({' '.join(k): v for k, v in sorted(count.items())}))
     check(count, wrong)
+
+
+def in_chunks(out, seed=2, total=10_000, step=250):
+    "The same, a chunk a file below `out`: what is there is not done again; python tests/test_hostile.py OUT"
+    import tempfile, time
+    for first in range(0, total, step):
+        path = Path(out)/f'{seed}-{first:05}.json'
+        if path.exists(): continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as d:
+            start = time.process_time()
+            count, wrong = send(seed, range(first, min(total, first + step)), small_nets(), Path(d))
+            path.write_text(json.dumps(dict(count={' '.join(k): v for k, v in sorted(count.items())}, wrong=wrong, cpu_seconds=time.process_time() - start)))
+    found = [json.loads(p.read_text()) for p in sorted(Path(out).glob(f'{seed}-*.json'))]
+    total = sum((collections.Counter(f['count']) for f in found), collections.Counter())
+    print(json.dumps(total, indent=1), *[w for f in found for w in f['wrong']], sep='\n')
+
+
+if __name__ == '__main__': in_chunks(sys.argv[1])

@@ -66,7 +66,8 @@ def as_markdown(report:dict)->str:
     authors = {size(r): r['cpu_seconds'] for r in report['rows'] if r['method'] == 'authors'}
     lines = [f"{m['model']} x{m['scale']}, {m['cpu']}, {m['threads']} threads, torch {m['torch']}, {m['date']}, "
              f"load {m['load']:.1f}. Medians; memory is the whole process.", '',
-             "| input | method | rounds | seconds | processor seconds | times the authors' | peak, MB |", '| --- '*7 + '|']
+             "| input | method | rounds | seconds | processor seconds | times the authors' | peak, MB |",
+             '| --- '*7 + '|']
     for r in report['rows']:
         ratio = f"{r['cpu_seconds']/authors[size(r)]:.2f}" if size(r) in authors else ''
         lines.append(f"| {size(r)} | {r['method']} | {r['rounds']} | {r['seconds']:.1f} | {r['cpu_seconds']:.1f} "
