@@ -267,7 +267,8 @@ def models(context:typer.Context):
     typer.echo(f"{'weights':22} {'task':9} {'scale':>5} {'parameters':>12}  PSNR, dB")
     for row in shipped_rows():
         scores = ', '.join(f"{s['dataset']} {s['psnr']:.2f} ({s['bicubic_psnr']:.2f})" for s in row['scores'])
-        typer.echo(f"{row['name']:22} {row['task']:9} {row['scale']:>5} {row['parameters']:>12,}  {scores or 'not measured'}")
+        what = f"{row['name']:22} {row['task']:9} {row['scale']:>5} {row['parameters']:>12,}"
+        typer.echo(f"{what}  {scores or 'not measured'}")
     typer.echo("In brackets: the input itself, for super-resolution its bicubic.\n")
     typer.echo(f"{'to train':22} {'task':9} {'scale':>5} {'parameters':>12}")
     for name in list_models():

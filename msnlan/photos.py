@@ -258,4 +258,4 @@ def write_photo(
     path = Path(path)
     if path.exists() and not overwrite: raise FileExistsError(f'{path} is there already; --overwrite replaces it')
     try: return write_bytes(path, encode(photo, format_of(path)))
-    except OSError as e: raise OSError(e.errno, e.strerror or str(e), str(path)) from None    # a full disk names no file
+    except OSError as e: raise OSError(e.errno, e.strerror or str(e), str(path)) from None   # a full disk says no name
