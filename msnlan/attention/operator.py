@@ -187,7 +187,8 @@ def _plain(query, keys, values, patch, softmax_scale, divisor, normalize_keys, w
         if normalize_keys: x = x / key_norm(key, patch).unsqueeze(1)
         x = x.flatten(3)
         scores.append(x if softmax_scale == 1 else x * softmax_scale)       # (N, H, W, L)
-    weights, out = weigh(torch.cat(scores, -1) if len(scores) > 1 else scores[0], weighting).split([x.shape[-1] for x in scores], -1), 0
+    together = torch.cat(scores, -1) if len(scores) > 1 else scores[0]
+    weights, out = weigh(together, weighting).split([x.shape[-1] for x in scores], -1), 0
     for key, value, weight in zip(keys, values, weights):
         a = box_scores(weight.unflatten(-1, key.shape[-2:]), r)
         cells = value.unflatten(-1, (-1, s)).unflatten(-3, (-1, s))         # (N, c, Hk, s, Wk, s)
@@ -196,7 +197,7 @@ def _plain(query, keys, values, patch, softmax_scale, divisor, normalize_keys, w
 
 # %% ../../nbs/attention/00_operator.ipynb #b615d764
 def _strip_rows(query, keys, patch):
-    "Rows of a strip: its scores, halo included, take about 16 MB on a CPU (32 MB with a halo), 1/24 of the free memory on a GPU"
+    "Rows of a strip: its scores take about 16 MB on a CPU (32 MB with a halo), 1/24 of the free memory on a GPU"
     budget = 2**24 if patch == 1 else 2**25            # measured: what stays in the cache is read again for little
     if query.is_cuda: budget = max(2**27, torch.cuda.mem_get_info(query.device)[0]//24)
     row = query.shape[0]*query.shape[-1]*sum(k.shape[-2]*k.shape[-1] for k in keys)*query.element_size()
@@ -371,9 +372,10 @@ def _dispatch(query, keys, values, s, backend, *options):
 # %% ../../nbs/attention/00_operator.ipynb #d0eca5e0
 @_eager
 def _run_strips(query, keys, values, *options):
-    "Strips with the number of rows that fits the budget; without patches a query has no neighbours, and rows may be cut"
+    "Strips with the number of rows that fits the budget; without patches rows may be cut, as no query has neighbours"
     if options[0] == 1 and query.shape[-1] > 1 and all(k.shape[-2:] == v.shape[-2:] for k, v in zip(keys, values)):
-        return _run_strips(query.flatten(2)[..., None], keys, values, *options).view(*query.shape[:1], -1, *query.shape[2:])
+        out = _run_strips(query.flatten(2)[..., None], keys, values, *options)
+        return out.view(*out.shape[:2], *query.shape[2:])
     return _Strips.apply(options, _strip_rows(query, keys, options[0]), len(keys), query, *keys, *values)
 
 # %% ../../nbs/attention/00_operator.ipynb #0f5ad90a

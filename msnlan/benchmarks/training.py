@@ -121,15 +121,16 @@ def small_rows(
         case = dict(model=name, config=dict(scale=2), patch=patch, batch=batch)
         times = step_times(case, SMALL, rounds, clock=time.process_time)
         seconds = {m: statistics.median(t) for m, t in times.items()}
-        rows.append(dict(case, parameters=sum(w.numel() for w in create_model(name, scale=2).parameters()), all_seconds=times,
-                         seconds=seconds, patches_per_second={m: batch/s for m, s in seconds.items()}))
+        learned = sum(w.numel() for w in create_model(name, scale=2).parameters())
+        rows.append(dict(case, parameters=learned, all_seconds=times, seconds=seconds,
+                         patches_per_second={m: batch/s for m, s in seconds.items()}))
     return rows
 
 def small_markdown(report:dict)->str:
     "Rows of `small_rows` as a table for a person"
     m = report['machine']
-    lines = [f"{m['device']}, {m['threads']} threads, torch {m['torch']}, numba {m['numba']}, {m['date']}; patches a second "
-             'of processor time, medians of interleaved steps', '',
+    lines = [f"{m['device']}, {m['threads']} threads, torch {m['torch']}, numba {m['numba']}, {m['date']}; "
+             'patches a second of processor time, medians of interleaved steps', '',
              '| network x2 | parameters | patch | batch | definition | walk in strips (before) | now | now / before |',
              '| --- '*8 + '|']
     for r in report['rows']:

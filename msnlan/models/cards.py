@@ -19,7 +19,7 @@ def scores_of_run(
     weights,      # path of the weight file
     run,          # folder of a finished `msnlan evaluate`, or its result.json
 )->list:          # dicts: dataset, setting, protocol, pictures, psnr, ssim; of the input (bicubic_psnr, bicubic_ssim)
-    "The means of an evaluation run that belong to a weight file, with those of the input beside them (bicubic, for super-resolution)"
+    "The means of an evaluation run that belong to a weight file, with those of the input (bicubic) beside them"
     run = Path(run)/'result.json' if Path(run).is_dir() else Path(run)
     if not run.is_file():
         raise FileNotFoundError(f'{run} is not there; expected the result.json of msnlan evaluate')
@@ -118,7 +118,8 @@ def model_card(
 )->str:               # Markdown
     "The model card of a weight file, from its metadata and the scores given"
     model, about = load_model(weights), read_state(weights)[1]
-    name, head = Path(weights).stem, ['set', 'setting', 'protocol', 'pictures', 'PSNR (dB) / SSIM', 'bicubic' if model.task == 'sr' else 'input']
+    name, plain = Path(weights).stem, 'bicubic' if model.task == 'sr' else 'input'
+    head = ['set', 'setting', 'protocol', 'pictures', 'PSNR (dB) / SSIM', plain]
     training = {k:v for k,v in about.items() if k not in ('system', 'config')}
     table = lambda d: markdown_table(['setting', 'value'], setting_rows(d)) if d else 'Not recorded.'
     shipped = Path(weights).absolute().parent == weights_folder()
