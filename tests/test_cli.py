@@ -120,4 +120,4 @@ def test_bench_gpu_without_one(project, tmp_path):
     run = msnlan('bench', 'gpu', '-o', tmp_path/'out', cwd=project)
     is_one_line_error(run, 'found none', '--interpret')
     assert 'Not run' in (tmp_path/'out/gpu.md').read_text()
-    is_one_line_error(msnlan('bench', 'gpus', cwd=project), "expected attention, training or gpu, found 'gpus'")
+    is_one_line_error(msnlan('bench', 'gpus', cwd=project), "expected attention, training, photo, gpu, found 'gpus'")

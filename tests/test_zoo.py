@@ -114,10 +114,12 @@ def test_unknown_names_and_missing_weights():
 
 @pytest.mark.parametrize('stem', list_models(pretrained=True))
 def test_pretrained_weights_load(stem):
-    name, scale = stem.rsplit('-x', 1)
-    net = create_model(name, scale=int(scale), pretrained=True)
-    assert net.scale == int(scale)
-    with pytest.raises(ValueError, match='were trained with'): create_model(name, scale=int(scale), res_scale=0.3, pretrained=True)
+    whole = load_model(stem)
+    name = next(n for n in list_models() if stem.startswith(n + '-') and n.endswith('-tiny'))
+    given = dict(scale=whole.scale) if whole.task == 'sr' else dict(task=whole.task)
+    net = create_model(name, pretrained=True, **given)
+    assert (net.scale, net.task) == (whole.scale, whole.task) and stem.endswith(f'x{net.scale}' if net.task == 'sr' else tuple(f'-{net.task}' + level for level in ('', '-10', '-20', '-30')))
+    with pytest.raises(ValueError, match='were trained with'): create_model(name, res_scale=0.3, pretrained=True, **given)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------
