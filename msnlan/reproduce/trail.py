@@ -97,7 +97,7 @@ def check_inputs(run:Path, record:dict, hashes:FileHashes):
             shipped = list((Path(find_spec('msnlan').origin).parent/'weights').glob(f'{name}-x*.safetensors'))
             places = [run/name, run.parent/name/'result.json', *shipped]
             found = [file_hash(p) for p in places if p.is_file()]
-            now = then if then in found else next(iter(found), None)
+            now = then if then in found or then in kept_weights() else next(iter(found), None)
         yield f'input {name}', then, now
     for name, then in depends.get('needs', {}).items():
         yield f'run {name}', then, then if (run.parent/name/f'done-{then}').is_file() else None
