@@ -59,7 +59,7 @@ def read_cell(text:str)->dict:   # 'path', 'row', 'column' (names), 'value', 'ru
 
 # %% ../../nbs/reproduce/07_trail.ipynb #c1123e6c
 ABSENT = 'absent'                              # a file that a committed report leaves out
-LEFT_OUT = '.ipynb', '.png', '.svg', '.txt'    # what the repository does not keep of a run
+LEFT_OUT = '.ipynb', '.png', '.svg', '.txt', '.html'    # what the repository does not keep of a run
 
 def kept_weights()->set:
     "Hashes of the weights files in the repository"
@@ -72,6 +72,8 @@ def check_outputs(run:Path, record:dict, committed:bool=False):
     kept = kept_weights() if committed else ()
     for name, then in record.get('outputs', {}).items():
         there = run/name
+        if committed and name.startswith('tables/') and not name.endswith(LEFT_OUT):
+            there = run.parent.parent/name                      # kept once, in the report
         now = file_hash(there) if there.is_file() else None
         if now is None and committed: now = then if then in kept else ABSENT if name.endswith(LEFT_OUT) else None
         yield f'output {name}', then, now
@@ -166,9 +168,10 @@ def trail(
         lines.append(f'  {verdict}  computed again from per_picture.csv: {again}')
         if again != cell['value']: wrong.append(f'the value ({again} from the per-picture scores)')
     hashes = FileHashes(project_root()/'runs/hashes.json')
-    makers = [p.parent.parent.name for p in runs.glob(f'[!.]*/tables/{path.name}')]
-    for maker in makers:
-        same = file_hash(runs/maker/'tables'/path.name) == file_hash(path)
+    left = {p.parent.name: json.loads(p.read_text()).get('outputs', {}) for p in runs.glob('[!.]*/provenance.json')}
+    makers = {name: h for name, outputs in left.items() if (h := outputs.get(f'tables/{path.name}'))}
+    for maker, then in makers.items():
+        same = then == file_hash(path)
         lines.append(f"  {'OK     ' if same else 'DIFFERS'}  the table is that of run {maker}")
         if not same: wrong.append(f'the table (another one in run {maker})')
     for name in dict.fromkeys([*cell['runs'], *makers]):
