@@ -40,7 +40,7 @@ def key_grid(
     for n, m, start, step in zip(query.shape, shape, starts, steps):
         if isinstance(owner, Branch): places.append((start - (m - n)/2*step, step))
         elif isinstance(owner, PyramidAttention) and not owner.legacy_resize:
-            places.append((start, step/(1 - level/10)))
+            places.append((start, step/(1 - level*owner.step/10)))
         else: places.append((start, step*n/m))
     (top, row_step), (left, column_step) = places
     return Grid(*shape, top, left, row_step, column_step)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DIV2K_MEAN', 'MSNLAN_MEAN', 'one_of', 'whole', 'positive', 'conv', 'Embedding', 'MeanShift', 'Upsampler', 'safe_sqrt',
-           'ChannelAttention', 'ResidualBlock', 'PatchAttention', 'Network']
+           'ChannelAttention', 'ResidualBlock', 'random_keys', 'top_attention', 'Filler', 'n_parameters',
+           'PatchAttention', 'Network']
 
 # %% ../../nbs/models/00_layers.ipynb #1a51cf40
-import math
+import inspect, math
 
 import torch
 import torch.nn.functional as F
@@ -151,6 +152,54 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x:Tensor, act=F.relu)->Tensor: return x + self.res_scale*self.residual(x, act)
 
+# %% ../../nbs/models/00_layers.ipynb #dfa0e0f4
+def random_keys(
+    key:Tensor,      # (N, c', H, W)
+    value:Tensor,    # (N, c, H, W)
+    count:int=64,    # positions kept, at most H*W
+    seed:int=0,      # of the draw
+)->tuple:            # key (N, c', 1, m), value (N, c, 1, m)
+    "Keys and values at positions drawn without looking; the draw depends on the map's size and the seed only"
+    n = key.shape[2]*key.shape[3]
+    where = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:min(n, count)].to(key.device)
+    return key.flatten(2)[:, :, None, where], value.flatten(2)[:, :, None, where]
+
+# %% ../../nbs/models/00_layers.ipynb #d02805c1
+def top_attention(
+    query:Tensor,  # (N, c', H, W)
+    key:Tensor,    # (N, c', Hk, Wk)
+    value:Tensor,  # (N, c, Hk, Wk)
+    count:int,     # keys of each query
+)->Tensor:         # (N, c, H, W)
+    "Softmax over the `count` largest scores of every query; pixels, no factor"
+    q, k, v = query.flatten(2).mT, key.flatten(2), value.flatten(2).mT
+    rows = []
+    for part in q.split(max(1, 2**22//k.shape[2]), 1):
+        scores, at = (part@k).topk(min(count, k.shape[2]), -1)                       # (N, rows, count)
+        chosen = torch.stack([one[i] for one, i in zip(v, at)])                      # (N, rows, count, c)
+        rows.append((scores.softmax(-1)[:, :, None]@chosen)[:, :, 0])
+    return torch.cat(rows, 1).mT.unflatten(2, query.shape[2:])
+
+# %% ../../nbs/models/00_layers.ipynb #1734abc6
+class Filler(nn.Sequential):
+    "Convolutions x + PReLU(conv3(x)) with about as many parameters as what they stand for; (N, C, H, W) to the same"
+    def __init__(self,
+        n_feats:int,    # channels C
+        parameters:int, # to replace, at least 0
+    ):
+        each = 9*n_feats**2 + n_feats + 1
+        super().__init__(*[Embedding(n_feats, n_feats, 3) for _ in range(round(parameters/each))])
+
+    def forward(self, x:Tensor)->Tensor:
+        for layer in self: x = x + layer(x)
+        return x
+
+def n_parameters(
+    make,         # makes a module
+)->int:
+    "Parameters of a module that is described, not filled: no memory, no random numbers"
+    with torch.device('meta'): return sum(p.numel() for p in make().parameters())
+
 # %% ../../nbs/models/00_layers.ipynb #7834be10
 class PatchAttention(nn.Module):
     "The constants of one `patch_attention`; calling it with queries, keys and values computes it"
@@ -185,9 +234,12 @@ class Network(nn.Module, PyTorchModelHubMixin, library_name='msnlan', license='a
     "Base of the five systems: `settings` become `.config` and attributes; `features` is the network itself"
     system = ''
     scales, tasks = (2, 3, 4), ('sr',)
+    switches = ()    # keywords of ablations, left out of `config` at their default
 
     def __init__(self, settings:dict): # all keywords of the system's class
         super().__init__()
+        default = lambda k: inspect.signature(type(self).__init__).parameters[k].default
+        settings = {k:v for k,v in settings.items() if k not in self.switches or v != default(k)}
         self.config = {k:list(v) if isinstance(v, tuple) else v for k,v in settings.items()}
         self.task = one_of('task', settings.get('task', 'sr'), self.tasks)
         self.scale = one_of('scale', settings['scale'], self.scales if self.task == 'sr' else (1,))

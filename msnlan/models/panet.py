@@ -28,13 +28,15 @@ def reduce(
     x:Tensor,          # (N, C, H, W)
     level:int,         # 0 gives x itself
     legacy:bool=False, # place samples by the ratio of sizes, as torch 1.5 and older did
+    antialias:bool=False, # widen the kernel with the step: not in the programs
 )->Tensor:             # (N, C, level_size(H), level_size(W))
-    "Bicubic reduction by 1 - level/10, without antialiasing"
+    "Bicubic reduction by 1 - level/10, without antialiasing unless asked for"
     if level == 0: return x
     size = [level_size(x.shape[2], level), level_size(x.shape[3], level)]
     if legacy: return F.interpolate(x, size=size, mode='bicubic', align_corners=False)
     f = 1 - level/10
-    return torch.ops.aten.upsample_bicubic2d(x, size, False, f, f)
+    resize = torch.ops.aten._upsample_bicubic2d_aa if antialias else torch.ops.aten.upsample_bicubic2d
+    return resize(x, size, False, f, f)
 
 # %% ../../nbs/models/03_panet.ipynb #dd67bf5e
 class PyramidAttention(nn.Module):
@@ -45,15 +47,19 @@ class PyramidAttention(nn.Module):
         levels:int=5,             # levels of the pyramid, full size included
         res_scale:float=1.,       # r
         legacy_resize:bool=False, # see `reduce`
+        step:int=1,               # a level is smaller by step/10 of the full size
+        patch:int=3,              # patch size
+        antialias:bool=False,     # see `reduce`
     ):
         super().__init__()
         self.levels, self.res_scale, self.legacy_resize = levels, res_scale, legacy_resize
+        self.step, self.antialias = step, antialias
         self.query, self.key = Embedding(n_feats, n_feats//reduction), Embedding(n_feats, n_feats//reduction)
         self.value = Embedding(n_feats, n_feats)
-        self.attention = PatchAttention(3, divisor=4.)
+        self.attention = PatchAttention(patch, divisor=4*patch**2/9)
 
     def forward(self, x:Tensor)->Tensor:
-        pyramid = [reduce(x, i, self.legacy_resize) for i in range(self.levels)]
+        pyramid = [reduce(x, i*self.step, self.legacy_resize, self.antialias) for i in range(self.levels)]
         y = self.attention(self.query(x), [self.key(p) for p in pyramid], [self.value(p) for p in pyramid])
         return y + self.res_scale*x
 
@@ -81,6 +87,7 @@ def task_settings(
 class PANet(Network):
     "Pyramid attention network; defaults are the authors' configuration for the task"
     system, tasks, scales = 'panet', tuple(DEFAULTS), (2, 3, 4, 8)
+    switches = 'step', 'patch', 'antialias'
 
     def __init__(self,
         scale:int|None=None,       # 2, 3, 4 (8) for 'sr', else 1; none: 4 or 1
@@ -95,10 +102,14 @@ class PANet(Network):
         pa_res_scale:float|None=None, # r of the attention; none: res_scale for 'sr', else 1
         levels:int=5,              # levels of the pyramid
         legacy_resize:bool=False,  # resize as torch 1.5 and older: for the released weights
+        step:int=1,                # a level of the pyramid is smaller by step/10 of the full size
+        patch:int=3,               # patch size, odd
+        antialias:bool=False,      # antialiased levels: not in the programs
     ):
         c = task_settings(task, scale=scale, n_feats=n_feats, n_resblocks=n_resblocks, res_scale=res_scale,
             rgb_range=rgb_range, n_colors=n_colors, pa_reduction=pa_reduction, pa_channel=pa_channel,
-            pa_res_scale=pa_res_scale, levels=levels, legacy_resize=legacy_resize)
+            pa_res_scale=pa_res_scale, levels=levels, legacy_resize=legacy_resize, step=step, patch=patch,
+            antialias=antialias)
         super().__init__(c)
         self.check(c)
         self.build(**c)
@@ -110,17 +121,22 @@ class PANet(Network):
         one_of('levels', c['levels'], tuple(range(1, 11))); whole('pa_reduction', c['pa_reduction'])
         one_of('pa_channel', c['pa_channel'], (c['n_feats'],))
         one_of('legacy_resize', c['legacy_resize'], (True, False))
+        one_of('antialias', c['antialias'], (True, False) if not c['legacy_resize'] else (False,))
+        if (c['levels'] - 1)*whole('step', c['step']) > 9:
+            raise ValueError(f"{c['levels']} levels in steps of {c['step']}/10; expected the last above nothing")
+        if not whole('patch', c['patch'])%2: raise ValueError(f"patch is {c['patch']}; expected an odd number")
         if c['pa_reduction'] > c['n_feats']:
             raise ValueError(f"pa_reduction is {c['pa_reduction']}; expected at most n_feats, {c['n_feats']}")
 
     def build(self, n_feats, n_resblocks, res_scale, pa_reduction, pa_res_scale, n_colors, rgb_range, levels,
-              legacy_resize, **_):
+              legacy_resize, step, patch, antialias, **_):
         "The layers, head to tail"
         blocks = lambda: nn.ModuleList([ResidualBlock(n_feats, res_scale) for _ in range(n_resblocks//2)])
         shift_colors = n_colors if self.task == 'sr' else 3  # unused in restoration, always three there
         self.entry, self.exit = [MeanShift(sign, rgb_range, n_colors=shift_colors) for sign in (-1, 1)]
         self.head, self.before = conv(n_colors, n_feats), blocks()
-        self.pyramid = PyramidAttention(n_feats, pa_reduction, levels, pa_res_scale, legacy_resize)
+        self.pyramid = PyramidAttention(n_feats, pa_reduction, levels, pa_res_scale, legacy_resize, step, patch,
+                                        antialias)
         self.after, self.last = blocks(), conv(n_feats, n_feats)
         self.act = nn.ReLU() if self.task == 'sr' else nn.PReLU()          # one for all blocks
         self.upsampler, self.tail = Upsampler(self.scale, n_feats), conv(n_feats, n_colors)
