@@ -172,3 +172,44 @@ def test_contributions_add_up(name):
         norm = lambda t: t.norm(dim=1)[0].detach().numpy()
         for found, want in (found[0].passing, norm(rest)), (found[0].added, norm(y - rest)):
             assert np.abs(found - want).max() <= 1e-5*max(1, norm(rest).max())
+
+
+# ---- replay -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', SYSTEMS)
+def test_a_replay_is_the_network_with_other_weights(name):
+    "Digit for digit, for the first, the last and all layers, every way of weighing; nothing before the layer is computed again"
+    from msnlan.correlation.outcomes import Replay, result, steps
+    net, image = small(name), np.random.default_rng(1).integers(0, 256, (14, 13, 3), dtype=np.uint8)
+    replay, layers = Replay(net), [n for n, m in net.named_modules() if isinstance(m, PatchAttention)]
+    with replay.running(): plain = result(net, image)
+    kept, seen = replay.nbytes, []
+    assert (result(net, image) == plain).all() and 0 < kept < 2**24
+    for place, how in [(layers[0], dict(weighting='uniform')), (layers[-1], dict(weighting='top-k', k=2)), (None, dict(weighting='none')),
+                       (layers[-1], dict(temperature=3.)), (layers[0], dict(weighting='shuffled'))]:
+        with intervened(net, place, **how):
+            want = result(net, image)
+            hooks = [m.conv.register_forward_hook(lambda *_: seen.append(1)) for m in steps(net) if hasattr(m, 'conv')]
+            seen.clear()
+            with replay.running(): assert (result(net, image) == want).all()
+            for h in hooks: h.remove()
+            if place == layers[-1] and len(layers) > 1 and name != 'csnln': assert len(seen) <= sum(hasattr(m, 'conv') for m in steps(net))//2
+    assert replay.nbytes == kept and not any('forward' in vars(m) for m in net.modules())
+    with replay.running(): assert (result(net, image) == plain).all()
+    with Replay(net, room=1).running(): assert (result(net, image) == plain).all()
+
+
+def test_a_counterfactual_of_a_branch_is_fast():
+    "msnlan-tiny at 96x96: a replay with other weights takes at most a second of one core for what needs no new scores of all pairs"
+    import time
+    from msnlan.correlation.outcomes import Replay, result
+    from msnlan.models.zoo import load_model
+    net, image = load_model('msnlan-tiny-x2'), np.random.default_rng(1).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    replay = Replay(net)
+    with replay.running(): result(net, image)
+    for how in 'none', 'uniform', 'random', 'local window':
+        times = []
+        for _ in range(3):
+            with intervened(net, 'block.branches.2', how), replay.running():
+                start = time.process_time(); result(net, image); times.append(time.process_time() - start)
+        assert min(times) < 1, (how, times)

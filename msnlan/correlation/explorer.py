@@ -31,7 +31,7 @@ from traitlets import Bool, Dict, Enum, Float, Int, List, Unicode, observe
 
 from .interventions import WEIGHTINGS, Intervention, contributions
 from .maps import CorrelationMap
-from .outcomes import outcome, picture as rounded, result, unlike
+from .outcomes import Replay, outcome, picture as rounded, result, unlike
 from .recording import QUANTITIES, Features, as_picture, hooked, record
 from msnlan.correlation.scenes import (FITS, PHOTOGRAPHS, SIDES, Scene, benchmarks, decode, make_scene,
     open_picture)
@@ -142,14 +142,14 @@ class Desk:
     def __init__(self):
         self.pictures, self.models = Kept(4), {}                       # the reader's own
         self.scenes, self.networks, self.kept = Kept(4), Kept(4), Kept(4)   # kept: features
-        self.plain, self.surveys, self.added = Kept(4), Kept(12), Kept(4)
+        self.plain, self.surveys, self.added, self.replays = Kept(4), Kept(12), Kept(4), Kept(2)
 
     def take_picture(self, picture, name:str='your picture')->str:
         "The name of a name, path or array"
         if isinstance(picture, (str, os.PathLike)): return str(picture)
         if name in PHOTOGRAPHS: name += ' (yours)'
         self.pictures.found.pop(name, None)
-        for kept in self.scenes, self.kept, self.plain, self.surveys, self.added:
+        for kept in self.scenes, self.kept, self.plain, self.surveys, self.added, self.replays:
             for key in [k for k in kept.found if k[0] == name]: del kept.found[key]
         self.pictures.get(name, lambda: as_picture(picture))
         return name
@@ -202,8 +202,14 @@ class Desk:
     def result(self, key:tuple, model:str, tell)->np.ndarray:
         "The network's picture of a scene"
         def make():
-            with self.watched(model, tell, 'output'): return result(self.network(model), self.scene(*key).picture)
+            replay = self.replay(key, model)
+            with self.watched(model, tell, 'output'), replay.running():
+                return result(replay.model, self.scene(*key).picture)
         return self.plain.get((*key, model), make)
+
+    def replay(self, key:tuple, model:str)->Replay:
+        "What the network computed for a scene"
+        return self.replays.get((*key, model), lambda: Replay(self.network(model)))
 
     def whole(self, key:tuple, model:str, call:int, number:str, tell)->np.ndarray:
         "A number of `NUMBERS` for every pixel of a scene, (h, w)"
@@ -390,7 +396,8 @@ class View(Shared):
                          network=None)[self.change.get('where', 'branch')]
             start = time.perf_counter()
             with self.desk.watched(p['model'], self.tell, 'other weights'):
-                o = outcome(self.desk.network(p['model']), scene, place, how or None, plain)
+                o = outcome(self.desk.network(p['model']), scene, place, how or None, plain,
+                            self.desk.replay(self.key, p['model']))
             pixels = lambda image: None if image is None else rounded(image).tobytes()
             grey = lambda m: None if m is None else m.astype('<f4').tobytes()
             own = f.calls[call].weighting

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'Intervention', 'window', 'window_keys', 'patches', 'scores_at', 'lay_few', 'scores_near', 'few_keys',
-           'with_weights', 'layers_named', 'soft_threshold', 'attend_otherwise', 'intervened', 'Contribution',
-           'block_around', 'contributions']
+           'with_weights', 'dealt', 'evenly', 'layers_named', 'soft_threshold', 'shuffled', 'attend_otherwise',
+           'intervened', 'Contribution', 'block_around', 'contributions']
 
 # %% ../../nbs/correlation/05_interventions.ipynb #63e89fe0
 from contextlib import ExitStack, contextmanager
@@ -219,6 +219,49 @@ def _laid(weight, key, value, r, first, last):
     cells = value.unflatten(-1, (-1, s)).unflatten(-3, (-1, s))                  # (N, c, Hk, s, Wk, s)
     return torch.einsum('nhwij,nciajb->nchawb', a, cells).flatten(4).flatten(2, 3)
 
+# %% ../../nbs/correlation/05_interventions.ipynb #4c168eeb
+def dealt(
+    strips:Strips,     # the scores
+    weighting:str,     # 'softmax' or 'sparsemax'
+    at:torch.Tensor,   # (L,): key `l` gets the weight of key `at[l]`
+    values:list,       # of (1, c, s*Hk, s*Wk)
+    s:int,
+    divisor:float,
+)->torch.Tensor:       # (1, c, s*H, s*W)
+    "Patch attention whose weights go to other keys, by one permutation for all queries"
+    (H, W), patch, back = strips.query.shape[-2:], strips.patch, at.argsort()
+    side, room = s*patch, s*(patch//2)
+    out = values[0].new_zeros(1, values[0].shape[1], s*H + 2*room, s*W)
+    few = max(1, 2**25//(strips.lines*side**2))                                           # channels at a time
+    tables = lambda: (torch.cat([patches(t, patch, s) for t in v])[back]
+                      for v in zip(*[v.split(few, 1) for v in values]))
+    kept = list(tables()) if few >= out.shape[1] else None                                # one table: made once
+    for first in range(0, H, step := strips.rows()):
+        score = strips(first, min(first + step, H))                                       # (L, rows, W)
+        rows, score = score.shape[1], score.flatten(1)
+        weights = score.softmax(0) if weighting == 'softmax' else weigh(score.T.contiguous(), weighting).T
+        for i, table in enumerate(kept or tables()):
+            mixed = F.fold((table.T@weights)[None], (s*rows + 2*room, s*W), side, padding=(0, room), stride=s)
+            out[:, i*few:(i + 1)*few, s*first:s*(first + rows) + 2*room] += mixed
+    return out[..., room:room + s*H, :]/divisor
+
+# %% ../../nbs/correlation/05_interventions.ipynb #d42a7ef6
+def evenly(
+    values:list,    # of (N, c, s*Hk, s*Wk)
+    shape:tuple,    # (H, W) of the queries
+    patch:int,
+    s:int,
+    divisor:float,
+)->torch.Tensor:    # (N, c, s*H, s*W)
+    "The mean of all value patches at every query, laid over one another, some channels at a time"
+    side, room, L = s*patch, s*(patch//2), sum(v.shape[-2]*v.shape[-1] for v in values)//s**2
+    step = max(1, 2**24//(max(L, shape[0]*shape[1])*side**2))
+    def lay(v):                                                                           # some channels
+        mean = sum(F.unfold(t, side, padding=room, stride=s).sum(-1, keepdim=True) for t in v)/L
+        whole = mean.expand(-1, -1, shape[0]*shape[1])
+        return F.fold(whole, (s*shape[0], s*shape[1]), side, padding=room, stride=s)
+    return torch.cat([lay(v) for v in zip(*[v.split(step, 1) for v in values])], 1)/divisor
+
 # %% ../../nbs/correlation/05_interventions.ipynb #49c85a14
 def layers_named(
     model,         # any network of this package
@@ -251,6 +294,17 @@ def soft_threshold(query, keys:list, values:list, patch:int, **options)->torch.T
         out.append(part[..., s*(u - lo):s*(v - lo), :])
     return torch.cat(out, -2)
 
+# %% ../../nbs/correlation/05_interventions.ipynb #646a760b
+def shuffled(seed:int, weighting:str, query, keys:list, values:list, **options)->torch.Tensor:
+    "Attention whose weights are dealt to other keys"
+    draw, s = torch.Generator().manual_seed(seed), values[0].shape[-2]//keys[0].shape[-2]
+    at = torch.randperm(sum(k.shape[-2]*k.shape[-1] for k in keys), generator=draw).to(query.device)
+    if torch.is_grad_enabled() or query.device.type != 'cpu':
+        return with_weights(lambda score, lo: weigh(score, weighting)[..., at], query, keys, values, **options)
+    divisor, of = options.pop('divisor'), lambda t, n: [x[n:n+1] for x in t]
+    return torch.cat([dealt(Strips(query[n:n+1], of(keys, n), **options), weighting, at, of(values, n), s, divisor)
+                      for n in range(len(query))])
+
 # %% ../../nbs/correlation/05_interventions.ipynb #cd65ec2e
 def attend_otherwise(
     layer,             # a `PatchAttention`
@@ -264,22 +318,19 @@ def attend_otherwise(
     s = values[0].shape[-2]//keys[0].shape[-2]
     size = query.shape[0], values[0].shape[1], s*query.shape[-2], s*query.shape[-1]
     if how.weighting == 'none': return values[0].new_zeros(size)
-    scale = 0. if how.weighting == 'uniform' else layer.softmax_scale/how.temperature
-    options = dict(patch=layer.patch, softmax_scale=scale, divisor=layer.divisor,
-                   normalize_keys=layer.normalize_keys)
+    options = dict(patch=layer.patch, softmax_scale=layer.softmax_scale/how.temperature,
+                   divisor=layer.divisor, normalize_keys=layer.normalize_keys)
     own = how.weighting if how.weighting in ('softmax', 'sparsemax') else layer.weighting
-    if how.weighting in ('own', 'softmax', 'sparsemax', 'uniform'):    # the scores as they are, or all alike
-        if own == 'sparsemax' and scale: return soft_threshold(query, keys, values, **options)
+    if how.weighting in ('own', 'softmax', 'sparsemax'):               # the scores as they are
+        if own == 'sparsemax': return soft_threshold(query, keys, values, **options)
         return patch_attention(query, keys, values, **options, weighting='softmax')
     kind = torch.float64 if query.dtype == torch.float64 else torch.float32
     q, keys, values = query.to(kind), [k.to(kind) for k in keys], [v.to(kind) for v in values]
+    grid, divisor = Grid(*query.shape[-2:]), layer.divisor
     with torch.autocast(query.device.type, enabled=False):
-        if how.weighting == 'shuffled':
-            draw = torch.Generator().manual_seed(how.seed)
-            at = torch.randperm(sum(k.shape[-2]*k.shape[-1] for k in keys), generator=draw).to(query.device)
-            return with_weights(lambda score, lo: weigh(score, own)[..., at], q, keys, values,
-                                **options).to(query.dtype)
-        grid, divisor = Grid(*query.shape[-2:]), options.pop('divisor')
+        if how.weighting == 'uniform': return evenly(values, grid.shape, layer.patch, s, divisor).to(query.dtype)
+        if how.weighting == 'shuffled': return shuffled(how.seed, own, q, keys, values, **options).to(query.dtype)
+        options.pop('divisor')
         grids = [key_grid(grid, k.shape[-2:], level, owner) for level, k in enumerate(keys)]
         def one(n):                                                                       # a sample
             at, weights = few_keys(how, own, q[n:n+1], [k[n:n+1] for k in keys], grids, **options)
