@@ -100,13 +100,17 @@ class Picture:
     name:str                     # unique in its set: the file's stem, with its sub-folder where stems repeat
     path:Path|None = None        # where the file is
     array:np.ndarray|None = None # or its pixels, uint8, (H, W) or (H, W, 3)
+    side:int = 0                 # only a square of so many pixels from the middle; 0: all of it
 
     def read(self,
         grey:bool|None=False,    # as in `imread`: False RGB, True grey or luma, None as stored
     )->np.ndarray:               # uint8, (H, W, 3) or (H, W)
         "The pixels"
         from msnlan.images import imread, with_channels    # lists of pictures do without torch
-        return imread(self.path, grey) if self.array is None else with_channels(self.array, grey)
+        img = imread(self.path, grey) if self.array is None else with_channels(self.array, grey)
+        if not self.side: return img
+        top, left = [max(0, n - self.side)//2 for n in img.shape[:2]]
+        return np.ascontiguousarray(img[top:top + self.side, left:left + self.side])
 
 # %% ../../nbs/data/00_registry.ipynb #7a6d59af
 def find_root(

@@ -7,6 +7,7 @@ __all__ = ['COST', 'full_name', 'is_whole', 'printed_rows', 'measured_rows', 'di
            'lay_out']
 
 # %% ../../nbs/evaluation/03_papers.ipynb #a0d94778
+import re
 import pandas as pd
 from ..data.registry import set_info
 from .published import TASK_NAMES, join_published
@@ -16,13 +17,13 @@ COST = ['parameters', 'patches', 'hours', 'inference']   # what a row of ours ha
 
 def full_name(dataset:str)->str:
     "A set as a registry spells it, a part of it (Urban100:50) included"
-    name, _, part = dataset.partition(':')
-    return (info.name if (info := set_info(name)) else name) + (f':{part}' if part else '')
+    name = re.split('[:@]', dataset)[0]
+    return (info.name if (info := set_info(name)) else name) + dataset.removeprefix(name)
 
 def is_whole(dataset:str, pictures:int)->bool:
     "Was every picture of a set scored?"
-    info = set_info(dataset.partition(':')[0])
-    return ':' not in dataset and not (info and info.pictures != pictures)
+    if re.search('[:@]', dataset): return False
+    return not ((info := set_info(dataset)) and info.pictures != pictures)
 
 def printed_rows(
     published:pd.DataFrame,   # of `read_published`
