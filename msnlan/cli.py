@@ -199,7 +199,7 @@ def reproduce(
     from msnlan.reproduce.runs import project_root
     use_data_root(data_root)
     spec = load_preset(preset)
-    folder = (out or project_root()/'reports'/spec['name']).absolute()
+    folder = (out or project_root()/'reports'/spec['folder']).absolute()
     if dry_run: return typer.echo(describe_plan(chosen(plan_of(spec['jobs'], folder), only or []), folder))
     found = run_all(preset, force, jobs, folder, only, keep_going, gpus, profile)
     page = folder/'index.html'

@@ -329,7 +329,7 @@ def reproduce(
 )->Outcome:
     "Run all jobs of a preset that are missing or out of date. Raises `ValueError`, or `RunError` where Snakemake fails"
     spec = load_preset(preset)
-    folder = Path(folder or project_root()/'reports'/spec['name']).absolute()
+    folder = Path(folder or project_root()/'reports'/spec['folder']).absolute()
     with only_one(folder/'.lock', f'msnlan reproduce {preset}'):
         steps = chosen(whole := plan_of(spec['jobs'], folder), only or [])
         if any(None in s.depends['data'].values() for s in steps.values() if not s.done):

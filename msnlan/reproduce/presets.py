@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Loader', 'line_of', 'JobSpec', 'PresetSpec', 'PresetError', 'complain', 'check_schema', 'Value', 'fill',
-           'placeholders', 'spread', 'Job', 'as_values', 'expand_one', 'blame', 'expand', 'in_order', 'list_presets',
-           'preset_path', 'load_preset', 'describe_presets', 'new_preset']
+           'placeholders', 'spread', 'Job', 'as_values', 'expand_one', 'blame', 'expand', 'in_order', 'presets_folder',
+           'list_presets', 'has_twin', 'preset_path', 'load_preset', 'describe_presets', 'new_preset']
 
 # %% ../../nbs/reproduce/02_presets.ipynb #ba4fd915
 import re
@@ -78,6 +78,7 @@ class PresetSpec(BaseModel):
     about:str = ''
     threads:Optional[int] = Field(None, ge=1)       # of each job; none: all cores over the jobs at once
     committed:bool = False                          # its page goes into the repository, executed notebooks do not
+    full:dict[str, dict[str, Any]] = Field(default_factory=dict)   # notebook -> what NAME-full, its twin, has otherwise
     axes:dict[str, list|dict[Any, dict[str, Any]]] = Field(default_factory=dict)
     jobs:dict[str, JobSpec] = Field(min_length=1)
 
@@ -179,6 +180,7 @@ def expand_one(
     spec:JobSpec,
     axes:dict,       # name -> list of Value
     threads:int|None=None,
+    otherwise:dict|None=None,   # notebook -> parameters that take the place of those written
 ):                   # yields a `Job` a combination
     "The jobs that one entry of a preset stands for; raises `ValueError`"
     own = {k: as_values(v) for k, v in spec.grid.items()} if isinstance(spec.grid, dict) else {}
@@ -190,6 +192,7 @@ def expand_one(
     for values in product(*grid.values()):
         names = dict(zip(grid, values))
         parameters = {k: v for a in spec.use for k, v in names[a].options.items()} | spec.parameters
+        parameters |= (otherwise or {}).get(spec.notebook, {})
         yield Job(str(fill(name, names)), spec.notebook, check_parameters(path, spread(parameters, names, axes)),
                   spread(spec.needs, names, axes), threads, gpu)
 
@@ -215,11 +218,15 @@ def expand(
     spec:PresetSpec,
     node,        # YAML nodes, for lines
     path:Path,
+    full:bool=False,   # the twin
 )->list:         # of Job, in the order written
     "All jobs of a preset; raises `PresetError`"
+    if missing := sorted(set(spec.full) - {j.notebook for j in spec.jobs.values()}):
+        complain(path, node, ('full', missing[0]), 'no job runs this notebook; expected one of '
+                 + ', '.join(dict.fromkeys(j.notebook for j in spec.jobs.values())))
     axes, out, source = {k: as_values(v) for k, v in spec.axes.items()}, [], {}
     for name, job in spec.jobs.items():
-        try: made = list(expand_one(name, job, axes, spec.threads))
+        try: made = list(expand_one(name, job, axes, spec.threads, spec.full if full else None))
         except (ValueError, FileNotFoundError, KeyError) as e: complain(path, node, blame(job, name, e), str(e))
         for j in made:
             if j.name in source: complain(path, node, ('jobs', name), f'a second job {j.name!r}; expected other names: '
@@ -248,24 +255,33 @@ def in_order(
     return out
 
 # %% ../../nbs/reproduce/02_presets.ipynb #bf1e5b6e
+def presets_folder()->Path: return project_folder('experiments')/'presets'   # of those that come with the project
+
 def list_presets()->list:   # names
-    "Names of the presets that come with the project"
-    return sorted(p.stem for p in (project_folder('experiments')/'presets').glob('*.yaml'))
+    "Names of the presets that come with the project, full-budget twins included"
+    files = sorted(presets_folder().rglob('*.yaml'), key=lambda p: p.stem)
+    return [n for p in files for n in (p.stem, *([f'{p.stem}-full'] if has_twin(p) else []))]
+
+def has_twin(path:Path)->bool: return bool(re.search('^full:', path.read_text(), re.M))
 
 # %% ../../nbs/reproduce/02_presets.ipynb #f64ecccd
-def preset_path(name:str)->Path:
+def preset_path(
+    name:str,
+)->tuple:      # file; whether its full-budget twin is meant
     "File of a preset; raises `FileNotFoundError` with the names there are"
-    own = project_folder('experiments')/f'presets/{name}.yaml'
-    path = Path(name) if name.endswith(('.yaml', '.yml')) else own
-    if path.is_file(): return path
+    given = Path(name)
+    for stem, full in ((given.stem, False), (given.stem.removesuffix('-full'), given.stem.endswith('-full'))):
+        if given.suffix in ('.yaml', '.yml'): found = [given.with_name(stem + given.suffix)]
+        else: found = list(presets_folder().rglob(f'{stem}.yaml'))
+        if found and found[0].is_file() and (not full or has_twin(found[0])): return found[0], full
     raise FileNotFoundError(f"no preset {name!r}; expected a YAML file or one of: {', '.join(list_presets())}")
 
 # %% ../../nbs/reproduce/02_presets.ipynb #d1ab9ffe
 def load_preset(
     name:str,     # 'smoke', 'benchmarks', ... or a path of a YAML file
-)->dict:          # 'name', 'file', 'title', 'about', 'committed', 'jobs' (list of Job)
+)->dict:          # 'name', 'file', 'folder' (below reports), 'title', 'about', 'committed', 'jobs' (list of Job)
     "Read and check a preset; raises `PresetError` with the line of a mistake"
-    path = preset_path(name)
+    path, full = preset_path(name)
     text = path.read_text()
     try: node, data = yaml.compose(text), yaml.load(text, Loader)
     except yaml.MarkedYAMLError as e:
@@ -274,16 +290,17 @@ def load_preset(
     except ValueError as e: raise PresetError(f'{path}, {e}') from None
     if not isinstance(data, dict): raise PresetError(f'{path}, line 1: expected keys such as title and jobs')
     spec = check_schema(data, node, path)
-    jobs = expand(spec, node, path)
-    return dict(name=path.stem, file=str(path), title=spec.title or path.stem, about=spec.about,
-                committed=spec.committed, jobs=jobs)
+    called, title = path.stem + '-full'*full, (spec.title or path.stem) + ', full budget'*full
+    wing = path.parent.relative_to(presets_folder()) if path.is_relative_to(presets_folder()) else Path()
+    return dict(name=called, file=str(path), folder=str(wing/called), title=title, about=spec.about,
+                committed=spec.committed, jobs=expand(spec, node, path, full))
 
 # %% ../../nbs/reproduce/02_presets.ipynb #0ef703eb
 def describe_presets()->str:
     "The presets that come with the project, a line each: runs, first sentence"
     found = [load_preset(n) for n in list_presets()]
     first = lambda p: re.split(r'(?<=[.:;]) ', ' '.join(p['about'].split()))[0].rstrip('.:;')
-    return '\n'.join(f"{p['name']:16} {len(p['jobs']):3} runs  {first(p)}" for p in found)
+    return '\n'.join(f"{p['name']:22} {len(p['jobs']):3} runs  {first(p)}" for p in found)
 
 # %% ../../nbs/reproduce/02_presets.ipynb #3e27d7cf
 def new_preset(

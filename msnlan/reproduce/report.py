@@ -251,9 +251,9 @@ def commands(
 )->list:             # of text
     "The commands that make the page again and look behind it"
     commit, name = env['git']['commit'], preset.get('file', preset['name'])
-    name = preset['name'] if Path(name).parent == project_folder('experiments')/'presets' else name
+    name = preset['name'] if Path(name).is_relative_to(project_folder('experiments')/'presets') else name
     start = f'git checkout {commit}' if commit else f"pip install msnlan=={env['msnlan']}"
-    why = [f"msnlan why 'reports/{preset['name']}/tables/{table}.csv[1,2]'   # the trail of a cell"]
+    why = [f"msnlan why 'reports/{preset.get('folder', name)}/tables/{table}.csv[1,2]'   # the trail of a cell"]
     return [start, f'msnlan reproduce {name}', f'msnlan reproduce {name} --dry-run        # what would run, and why',
             *(why if table else [])]
 
