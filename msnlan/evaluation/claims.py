@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import yaml
+from ..data.sets import parts_of
 
 # %% ../../nbs/evaluation/04_claims.ipynb #b0c628a3
 KEYS = dict(source='', claim='', study='', set='', setting='', better='', worse='',
@@ -90,14 +91,15 @@ def judge(
     pictures:pd.DataFrame,   # a row per picture of all arms of a study, see `arm_scores`
     study:str,               # its name
 )->pd.DataFrame:             # claim, source, arms, set, printed, `difference`'s numbers, verdict
-    "Every claim of a study, judged; one whose arms were not run is left out"
+    "Every claim of a study, judged on its set or the part of it that was scored; without its arms it is left out"
     rows = []
     for name, c in claims.items():
         if c['study'] != study: continue
-        arms = [arm_scores(pictures, c[k], c['set'], c['setting']) for k in ('better', 'worse')]
-        if any(a.empty for a in arms): continue
-        d = difference(*arms)
-        about = {k: c[k] for k in ('claim', 'source', 'better', 'worse')} | dict(set=f"{c['set']} {c['setting']}")
-        rows.append(dict(**about, printed=c['printed'], **d | dict(seeds=' + '.join(map(str, d['seeds']))),
-                         verdict=verdict(c, d)))
+        for dataset in [s for s in pictures.dataset.unique() if parts_of(s)[0] == c['set']]:
+            arms = [arm_scores(pictures, c[k], dataset, c['setting']) for k in ('better', 'worse')]
+            if any(a.empty for a in arms): continue
+            d = difference(*arms)
+            about = {k: c[k] for k in ('claim', 'source', 'better', 'worse')}
+            rows.append(dict(**about, set=f"{dataset} {c['setting']}", printed=c['printed'],
+                             **d | dict(seeds=' + '.join(map(str, d['seeds']))), verdict=verdict(c, d)))
     return pd.DataFrame(rows)

@@ -112,11 +112,11 @@ def check_schema(
 # %% ../../nbs/reproduce/02_presets.ipynb #be983597
 @dataclass(frozen=True)
 class Value:
-    "A value of an axis: its name in texts, and its options"
-    label:object
+    "A value of an axis: what it is itself, and its options, which are read as attributes"
+    itself:object
     options:dict = field(default_factory=dict)
 
-    def __format__(self, spec): return format(str(self.label), spec)
+    def __format__(self, spec): return format(str(self.itself), spec)
     def __getattr__(self, name):
         try: return self.options[name]
         except KeyError: raise AttributeError(name) from None
@@ -130,7 +130,7 @@ def fill(value, names:dict):
     try:
         if value[0] + value[-1] == '{}' and value.count('{') == 1:
             found = Formatter().get_field(value[1:-1], (), names)[0]
-            return found.label if isinstance(found, Value) else found
+            return found.itself if isinstance(found, Value) else found
         return Formatter().vformat(value, (), names)
     except (KeyError, AttributeError, IndexError) as e:
         raise ValueError(f"{value!r} has {e.args[0]!r}, which is no axis or option here; expected one of "
