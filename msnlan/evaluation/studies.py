@@ -13,9 +13,9 @@ from .claims import arm_scores, difference
 
 # %% ../../nbs/evaluation/05_studies.ipynb #c51ffb04
 def arm_table(
-    pictures:pd.DataFrame,   # a row per picture of all arms: model (the arm), dataset, setting, seed, picture, psnr
-    against:str,             # the arm that the others are compared with
-)->pd.DataFrame:             # dataset, setting, arm, psnr, spread, seeds, pictures, difference, low, high, smallest (dB)
+    pictures:pd.DataFrame,   # a row per picture of all arms, see `claims.arm_scores`
+    against:str,     # the arm that the others are compared with
+)->pd.DataFrame:     # dataset, setting, arm, psnr, spread, seeds, difference, low, high, smallest (dB), pictures
     "Every arm on every set, in order of appearance; `ValueError` where `against` is not among the arms"
     rows = []
     for (dataset, setting), part in pictures.groupby(['dataset', 'setting'], sort=False):
@@ -36,7 +36,9 @@ def interval(low, high)->str:
     "An interval as a table prints it; empty where there is none"
     return '' if pd.isna(low) else f'[{low:+.3f}, {high:+.3f}]'
 
-def digits(v, form:str)->str: return '' if v is None or pd.isna(v) else format(v, form)   # a number as a table prints it
+def digits(v, form:str)->str:
+    "A number as a table prints it; empty where there is none"
+    return '' if v is None or pd.isna(v) else format(v, form)
 
 def printed_arms(
     table:pd.DataFrame,        # of `arm_table`
