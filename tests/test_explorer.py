@@ -403,3 +403,26 @@ def test_no_weight_no_paint_and_four_decades_at_most():
         console.log(JSON.stringify([span(map, 1, -1), span(far, 1, -1), level(0, 1, 4), level(1, 1, 4), level(1e-20, 1, 4)]))"""
     out = subprocess.run(['node', '-e', run], capture_output=True, text=True, timeout=60)
     assert out.stdout.strip() == '[3,4,0,255,0]', out.stderr
+
+
+@pytest.mark.parametrize('system', ['csnln', 'hspan', 'mlrn'])
+def test_opening_computes_no_more_attention_than_the_layer_on_show_needs(system, monkeypatch):
+    "The first layer is shown without computing any attention; a later one is what a whole recording has"
+    from msnlan.correlation.recording import record
+    from msnlan.models.layers import PatchAttention
+    done, forward = [], PatchAttention.forward
+    def count(layer, query, keys, values):
+        if query.shape[-2:] != (1, 1): done.append(1)
+        return forward(layer, query, keys, values)
+    monkeypatch.setattr(PatchAttention, 'forward', count)
+    e = Explorer(picture(28, 26), system + SUFFIX)
+    assert not done, 'nothing is computed for the first layer'
+    net, key = e.desk.network(system + SUFFIX), e.key
+    layer, branches = e.scene['layers'][0][-1]
+    e.panels = [dict(model=system + SUFFIX, layer=layer, branch=branches[-1])]
+    (call, _), = e.places()
+    (m,) = record(net, picture(28, 26)).maps([tuple(e.point)], call)
+    np.testing.assert_allclose(shown(e), m.on_picture()[0], rtol=1e-5, atol=1e-7)
+    e.outcomes = True
+    done.clear(); e.side = 27; done.clear(); e.side = 128
+    assert not done, 'what was computed once is kept'

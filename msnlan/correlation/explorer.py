@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from traitlets import Bool, Dict, Enum, Float, Int, List, Unicode, observe
 
-from .interventions import WEIGHTINGS, Intervention, contributions
+from .interventions import WEIGHTINGS, Intervention, contributions, intervened
 from .maps import CorrelationMap
-from .outcomes import Replay, outcome, picture as rounded, result, unlike
+from .outcomes import Outcome, Replay, outcome, picture as rounded, result, unlike
 from .recording import QUANTITIES, Features, as_picture, hooked, record
 from msnlan.correlation.scenes import (FITS, PHOTOGRAPHS, SIDES, Scene, benchmarks, decode, make_scene,
     open_picture)
@@ -185,27 +185,50 @@ class Desk:
         "A network, opened once"
         return self.models[name] if name in self.models else self.networks.get(name, lambda: open_model(name))
 
-    def watched(self, model:str, tell, what:str):
-        "Within the block `tell` hears of every attention call"
-        net, calls = self.network(model), []
+    @contextmanager
+    def watched(self, key:tuple, model:str, tell, what:str, keep:bool=False):
+        "Within the block, one pass, `tell` hears of every attention call; what the replay has is not computed"
+        calls, replay = [], self.replay(key, model)
         def say(module, args): calls.append(1); tell(f'{model}: {what}, attention {len(calls)}')
-        return hooked([(m, say) for m in net.modules() if isinstance(m, PatchAttention)])
+        far = lambda part: part and tell(f'{model}: {what}, attention {len(calls)}, {100*part:.0f} %')
+        attentions = [(m, say) for m in replay.model.modules() if isinstance(m, PatchAttention)]
+        with hooked(attentions), replay.running(far, keep): yield replay
 
-    def features(self, key:tuple, model:str, tell=lambda text: None)->Features:
-        "Queries and keys of a scene in a network; `tell` hears how far it is"
+    def contributions(self, key:tuple, model:str, tell)->dict:
+        "What each attention call of a network adds in a scene, by layer and call"
+        def add():
+            net, calls = self.network(model), []
+            def say(module, args): calls.append(1); tell(f'{model}: contributions, attention {len(calls)}')
+            with hooked([(m, say) for m in net.modules() if isinstance(m, PatchAttention)]):
+                return contributions(net, self.scene(*key).picture)
+        return {(a.layer, a.call): a for a in self.added.get((*key, model), add)}
+
+    def features(self, key:tuple, model:str, tell=lambda text: None, call:int=0)->Features:
+        "Queries and keys of a scene in a network, at least as far as a call; `tell` hears how far it is"
         def make():
             tell(f'Opening {model}')
-            net, scene = self.network(model), self.scene(*key)
-            with self.watched(model, tell, 'recording'): return record(net, scene.picture, name=model)
-        return self.kept.get((*key, model), make)
+            with self.watched(key, model, tell, 'recording') as replay:
+                until = None if replay.full else call
+                return record(replay.model, self.scene(*key).picture, name=model, until=until)
+        found = self.kept.get((*key, model), make)
+        if call < len(found.calls) and not found.calls[call].known:
+            found = self.kept.found[(*key, model)] = make()
+        return found
 
     def result(self, key:tuple, model:str, tell)->np.ndarray:
         "The network's picture of a scene"
         def make():
-            replay = self.replay(key, model)
-            with self.watched(model, tell, 'output'), replay.running():
+            with self.watched(key, model, tell, 'output', keep=True) as replay:
                 return result(replay.model, self.scene(*key).picture)
         return self.plain.get((*key, model), make)
+
+    def outcome(self, key:tuple, model:str, place, how:dict, tell)->Outcome:
+        "What comes out with other weights in a place, see `intervened`; `how` is empty where they are its own"
+        plain, scene = self.result(key, model, tell), self.scene(*key)
+        if not how: return outcome(self.network(model), scene, plain=plain)
+        with intervened(self.network(model), place, **how), self.watched(key, model, tell, 'other weights'):
+            changed = result(self.network(model), scene.picture)
+        return outcome(self.network(model), scene, plain=plain, changed=changed)
 
     def replay(self, key:tuple, model:str)->Replay:
         "What the network computed for a scene"
@@ -213,14 +236,10 @@ class Desk:
 
     def whole(self, key:tuple, model:str, call:int, number:str, tell)->np.ndarray:
         "A number of `NUMBERS` for every pixel of a scene, (h, w)"
-        features, scene = self.features(key, model, tell), self.scene(*key)
+        features = self.features(key, model, tell, call)
         c = features.calls[call]
         if number == 'contribution':
-            def add():
-                with self.watched(model, tell, 'contributions'):
-                    return contributions(self.network(model), scene.picture)
-            found = {(a.layer, a.call): a for a in self.added.get((*key, model), add)}
-            a = found[c.layer, c.call]
+            a = self.contributions(key, model, tell)[c.layer, c.call]
             rows, columns = a.grid.show(*c.size, c.size)
             return rows@a.share@columns.T
         def make():
@@ -346,6 +365,9 @@ class View(Shared):
         features = [self.desk.features(key, p['model'], self.tell) for p in self.panels]
         choices = [branches(f) for f in features]
         panels = [chosen(p, c, strict) for p, c in zip(self.panels, choices)]
+        calls = [c[p['layer']][p['branch']][0] for c, p in zip(choices, panels)]
+        for p, call in zip(panels, calls): self.desk.features(key, p['model'], self.tell, call)
+        features = [self.desk.features(key, p['model'], self.tell) for p in panels]
         with self.changing():
             self.features, self.choices, self.panels, self.corner = features, choices, panels, list(scene.corner)
             settled = 'picture', 'side', 'panels', 'scale', 'fit', 'corner'
@@ -395,9 +417,7 @@ class View(Shared):
             place = dict(branch=layer, layer=layer.removesuffix('.attention').rpartition('.')[0] or layer,
                          network=None)[self.change.get('where', 'branch')]
             start = time.perf_counter()
-            with self.desk.watched(p['model'], self.tell, 'other weights'):
-                o = outcome(self.desk.network(p['model']), scene, place, how or None, plain,
-                            self.desk.replay(self.key, p['model']))
+            o = self.desk.outcome(self.key, p['model'], place, how, self.tell)
             pixels = lambda image: None if image is None else rounded(image).tobytes()
             grey = lambda m: None if m is None else m.astype('<f4').tobytes()
             own = f.calls[call].weighting

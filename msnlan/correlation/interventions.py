@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'Intervention', 'window', 'window_keys', 'patches', 'scores_at', 'lay_few', 'scores_near', 'few_keys',
-           'with_weights', 'dealt', 'evenly', 'layers_named', 'soft_threshold', 'shuffled', 'attend_otherwise',
-           'intervened', 'Contribution', 'block_around', 'contributions']
+           'with_weights', 'dealt', 'evenly', 'layers_named', 'in_strips', 'soft_threshold', 'shuffled',
+           'attend_telling', 'attend_otherwise', 'intervened', 'Contribution', 'block_around', 'contributions']
 
 # %% ../../nbs/correlation/05_interventions.ipynb #63e89fe0
 from contextlib import ExitStack, contextmanager
@@ -279,20 +279,35 @@ def layers_named(
         out |= found
     return out
 
+# %% ../../nbs/correlation/05_interventions.ipynb #f7a67cd0
+def in_strips(
+    run,             # query rows (N, c', rows, W) -> (N, c, s*rows, s*W)
+    query,           # (N, c', H, W)
+    keys:list,       # of (N, c', Hk, Wk)
+    values:list,     # of (N, c, s*Hk, s*Wk)
+    patch:int,
+    tell=None,       # hears which part is done; what it raises ends it
+    pairs:int=2**26, # of a query and a key at a time
+)->torch.Tensor:     # (N, c, s*H, s*W)
+    "Attention some query rows at a time, with the rows around them that they overlap with"
+    (H, W), r, out = query.shape[-2:], patch//2, []
+    s = values[0].shape[-2]//keys[0].shape[-2]
+    rows = max(pairs//(sum(k.shape[-2]*k.shape[-1] for k in keys)*(W + r)) - 4*r, 4*r + 1)
+    for u in range(0, H, rows):
+        if tell: tell(u/H)
+        v, lo = min(u + rows, H), max(u - 2*r, 0)
+        part = run(query[..., lo:min(v + 2*r, H), :])
+        out.append(part[..., s*(u - lo):s*(v - lo), :])
+    return torch.cat(out, -2)
+
 # %% ../../nbs/correlation/05_interventions.ipynb #367e3549
-def soft_threshold(query, keys:list, values:list, patch:int, **options)->torch.Tensor:
+def soft_threshold(query, keys:list, values:list, patch:int, tell=None, **options)->torch.Tensor:
     "Attention weighed by sparsemax: compiled, in strips; the operator is slow here on large maps of a CPU"
-    H, W = query.shape[-2:]
-    L, r = sum(k.shape[-2]*k.shape[-1] for k in keys), patch//2
     options |= dict(patch=patch, weighting='sparsemax')
     fits = query.device.type == 'cpu' and patch <= 31 and has_numba() and not torch.is_grad_enabled()
     if not fits: return patch_attention(query, keys, values, **options)
-    s, rows, out = values[0].shape[-2]//keys[0].shape[-2], max(1, 2**25//(L*(W + r)) - 4*r), []
-    for u in range(0, H, rows):
-        v, lo = min(u + rows, H), max(u - 2*r, 0)
-        part = patch_attention(query[..., lo:min(v + 2*r, H), :], keys, values, **options, backend='whole')
-        out.append(part[..., s*(u - lo):s*(v - lo), :])
-    return torch.cat(out, -2)
+    run = lambda part: patch_attention(part, keys, values, **options, backend='whole')
+    return in_strips(run, query, keys, values, patch, tell, 2**25)
 
 # %% ../../nbs/correlation/05_interventions.ipynb #646a760b
 def shuffled(seed:int, weighting:str, query, keys:list, values:list, **options)->torch.Tensor:
@@ -304,6 +319,15 @@ def shuffled(seed:int, weighting:str, query, keys:list, values:list, **options)-
     divisor, of = options.pop('divisor'), lambda t, n: [x[n:n+1] for x in t]
     return torch.cat([dealt(Strips(query[n:n+1], of(keys, n), **options), weighting, at, of(values, n), s, divisor)
                       for n in range(len(query))])
+
+# %% ../../nbs/correlation/05_interventions.ipynb #b67aef9e
+def attend_telling(layer, tell, query, keys, values)->torch.Tensor:
+    "What an attention layer gives, in strips, so that a reader sees how far it is and can end it"
+    k, v = [list(t) if isinstance(t, (list, tuple)) else [t] for t in (keys, values)]
+    if layer.weighting == 'sparsemax':
+        return soft_threshold(query, k, v, layer.patch, tell, softmax_scale=layer.softmax_scale,
+                              divisor=layer.divisor, normalize_keys=layer.normalize_keys)
+    return in_strips(lambda part: PatchAttention.forward(layer, part, keys, values), query, k, v, layer.patch, tell)
 
 # %% ../../nbs/correlation/05_interventions.ipynb #cd65ec2e
 def attend_otherwise(

@@ -6,7 +6,7 @@
 __all__ = ['result', 'luma', 'picture', 'steps', 'same', 'Replay', 'Outcome', 'outcome', 'unlike']
 
 # %% ../../nbs/correlation/07_outcomes.ipynb #e80d2202
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .drawing import cut_patch
-from .interventions import intervened
+from .interventions import attend_telling, intervened
 from ..images import rgb_to_luma, to_tensor
 from ..inference import enhance, predict
 from ..metrics import psnr
@@ -80,25 +80,29 @@ class Replay:
         return sum(found.values())
 
     @contextmanager
-    def running(self):
+    def running(self,
+        tell=None,       # hears which part of an attention layer is done; what it raises ends the pass
+        keep:bool=True,  # the pass may be the one that is kept: it is a whole one, with the network's own weights
+    ):
         "For one pass: the first that ends is kept, later ones compute what differs from it"
-        self.turn = {}
-        if not self.full: self.held = {}
+        self.turn, self.tell, self.keeping = {}, tell, keep and not self.full
+        if self.keeping: self.held = {}
         with ExitStack() as back:
             for m in steps(self.model):
                 if 'forward' in vars(m): continue                     # its weights are changed
                 m.forward = partial(self.step, m)
                 back.callback(delattr, m, 'forward')
             yield self.model
-        self.full = True
+        self.full = self.full or keep
 
     def step(self, module, *args):
         "What a module gives, from before if its arguments are those of before"
         number = self.turn[module] = self.turn.get(module, -1) + 1
         before = self.held.get((module, number))
         if before and same(before[0], args): return before[1]
-        out = type(module).forward(module, *args)
-        if not self.full and self.nbytes < self.room: self.held[module, number] = args, out
+        telling = self.tell and isinstance(module, PatchAttention)
+        out = attend_telling(module, self.tell, *args) if telling else type(module).forward(module, *args)
+        if self.keeping and self.nbytes < self.room: self.held[module, number] = args, out
         return out
 
 # %% ../../nbs/correlation/07_outcomes.ipynb #33606507
@@ -151,14 +155,12 @@ def outcome(
     layers=None,            # see `intervened`
     change:dict|None=None,  # weighting, k, radius, temperature, seed; none: as it is
     plain=None,             # what `result` gave before
-    replay:Replay|None=None,# of this network and scene; none: all is computed again
+    changed=None,           # the picture with other weights, where it is known
 )->Outcome:
     "A scene through a network, and again with other weights"
     if plain is None: plain = result(net, scene.picture)
-    changed = None
     if change:
-        with intervened(net, layers, **change), replay.running() if replay else nullcontext():
-            changed = result(net, scene.picture)
+        with intervened(net, layers, **change): changed = result(net, scene.picture)
     truth = scene.truth if scene.truth is not None and scene.truth.shape == plain.shape else None
     return Outcome(plain, changed, truth, net.scale)
 

@@ -47,9 +47,12 @@ def key_grid(
 
 # %% ../../nbs/correlation/02_recording.ipynb #7af27ff9
 @contextmanager
-def hooked(pairs):
-    "Within the block, each (module, function) of `pairs` calls function(module, inputs) before it runs"
+def hooked(pairs, after=()):
+    """Within the block, each (module, function) of `pairs` calls function(module, inputs) before it runs.
+
+    Those of `after` call function(module, inputs, output) when it has run."""
     hooks = [module.register_forward_pre_hook(f) for module, f in pairs]
+    hooks += [module.register_forward_hook(f) for module, f in after]
     try: yield
     finally:
         for h in hooks: h.remove()
@@ -150,6 +153,7 @@ class Call:
     parts:list       # of `Part`: the regions, or one for the whole map
     size:tuple       # (height, width) of the picture
     divisor:float=1. # D of the overlap-add
+    known:bool=True  # else only the places are: see `until` of `record`
 
     @property
     def kind(self)->str:
@@ -173,6 +177,8 @@ class Call:
         "Weights of the queries at `cells` (row, column), or their mixture, over all keys, (queries, keys)"
         if quantity not in QUANTITIES:
             raise ValueError(f"quantity is {quantity!r}; expected one of {', '.join(QUANTITIES)}")
+        if not self.known:
+            raise ValueError(f'call {self.index} was not recorded; expected record(..., until={self.index}) or more')
         options = dict(self.options, weighting=weighting or self.weighting, patch=self.patch)
         if quantity == 'mixture': options['divisor'] = self.divisor
         ask = Part.rows if quantity == 'match' else Part.mixture
@@ -267,7 +273,8 @@ class _Enough(Exception):
 # %% ../../nbs/correlation/02_recording.ipynb #ce694ff8
 class _Recorder:
     "Hooks for one forward pass; `taps` are (layer name, number of the owner's call, query, keys)"
-    def __init__(self, model, layers):
+    def __init__(self, model, layers, until=None):
+        self.until, self.left = until, None                # number of the last call wanted; shape left out
         self.modules = dict(model.named_modules())
         attentions = {n: m for n, m in self.modules.items() if isinstance(m, PatchAttention)}
         self.layers = {n: m for n, m in attentions.items() if layers is None or n in layers}
@@ -280,6 +287,7 @@ class _Recorder:
         for name in {n.rpartition('.')[0] for n in self.layers}:
             self.pairs.append((self.modules[name], lambda m, args, n=name: self.begin(n, args)))
         self.pairs += [(m, lambda m, args, n=name: self.tap(n, args)) for name, m in attentions.items()]
+        self.after = [] if until is None or self.single else list(attentions.values())
 
     def see(self, module, args):
         "The first layer sees the picture as the network extends it"
@@ -300,6 +308,21 @@ class _Recorder:
             self.taps.append((name, start, query.detach(), [k.detach() for k in keys]))
             if self.done(name, start): raise _Enough
         if self.single: return tuple(t[..., :1, :1] for t in args)
+        calls = len({(n, s) if s >= 0 else i for i, (n, s, *_) in enumerate(self.taps)})
+        if self.after and calls > self.until: return self.leave_out(query, keys, values)
+
+    def leave_out(self, query, keys, values):
+        "One cell in the place of a whole map that is not wanted, and its shape for `put_in`"
+        first = lambda t: (t[0] if isinstance(t, (list, tuple)) else t)
+        k, v = first(keys), first(values)
+        s = v.shape[-2]//k.shape[-2]
+        self.left = *v.shape[:2], s*query.shape[-2], s*query.shape[-1]
+        return query[..., :1, :1], k[..., :1, :1], v[..., :s, :s]
+
+    def put_in(self, module, args, out):
+        "No numbers where attention was left out: what depends on them is known by that"
+        shape, self.left = self.left, None
+        if shape: return out.new_full(shape, math.nan)
 
     def done(self, name, start)->bool:
         "Has every layer now been called over its whole map as often as it is due?"
@@ -318,7 +341,8 @@ def _as_call(recorder, name, number, index, parts, whole, size)->Call:
     shapes = [tuple(k.shape[-2:]) for k in first.keys]
     grids = [query] if whole else [key_grid(query, s, level, owner) for level, s in enumerate(shapes)]
     options = {k: getattr(layer, k) for k in ('softmax_scale', 'normalize_keys', 'weighting')}
-    return Call(name, number, index, layer.patch, options, query, grids, parts, size, layer.divisor)
+    known = not any(t.isnan().any() for p in parts for t in (p.query, *p.keys))
+    return Call(name, number, index, layer.patch, options, query, grids, parts, size, layer.divisor, known)
 
 # %% ../../nbs/correlation/02_recording.ipynb #fee91529
 def _as_calls(recorder, size)->list:
@@ -360,9 +384,10 @@ def record(
     image,             # a picture as for `as_picture`, or a tensor (1, C, H, W) as the model takes it
     layers=None,       # names of the attention layers to keep; none: all
     name:str='',       # of the network, for titles; none: its system and scale
+    until:int|None=None, # number of the last call wanted: cheaper, see `Call.known`; none: all
 )->Features:
     "Queries and keys of one forward pass; the network is as before afterwards"
-    recorder = _Recorder(model, layers)
+    recorder = _Recorder(model, layers, until)
     unknown = [n for n in layers or [] if n not in recorder.layers]
     if unknown:
         names = ', '.join(attention_layers(model))
@@ -370,7 +395,7 @@ def record(
     picture = None if torch.is_tensor(image) else as_picture(image, getattr(model, 'n_colors', 3))
     x = image if picture is None else to_tensor(picture)
     weight = next(model.parameters(), x)
-    with evaluating(model), hooked(recorder.pairs):
+    with evaluating(model), hooked(recorder.pairs, [(m, recorder.put_in) for m in recorder.after]):
         try: model(x.to(weight.device, weight.dtype))
         except _Enough: pass
     if picture is None and x.shape[1] in (1, 3): picture = to_image(x)
