@@ -120,8 +120,10 @@ def check_plan(device='cpu'):
     gpu.launch = launch
 
 
-def check_networks(device='cpu'):
-    "The five networks are one graph each, with the same numbers, forward and backward"
+def check_networks(device='cpu', trained=False):
+    "The five networks are one graph each, with the same numbers; where `trained`, with the same gradients in bf16 autocast too"
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
     from msnlan.models.layers import PatchAttention
     from msnlan.models.zoo import create_model
     small = {'msnlan': dict(n_feats=16, n_resgroups=2, n_resblocks=1, patches=(3,)), 'csnln': dict(n_feats=4, depth=1),
@@ -137,6 +139,17 @@ def check_networks(device='cpu'):
         torch._dynamo.reset()
         with torch.no_grad(): assert relative(torch.compile(net, backend=count, fullgraph=True)(x), net(x)) < 1e-4, name
         assert len(graphs) == 1, name
+        if not trained: continue
+        graphs.clear(); torch._dynamo.reset()
+        def boxed(graph, inputs): graphs.append(graph); return make_boxed_func(graph.forward)
+        compiled = torch.compile(net, backend=aot_autograd(fw_compiler=boxed, bw_compiler=boxed), fullgraph=True)
+        def step(run):
+            net.zero_grad()
+            with torch.autocast(device, torch.bfloat16): out = run(x)
+            out.float().square().mean().backward()
+            return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+        assert relative(step(compiled), step(net)) < 2e-2, name
+        assert len(graphs) == 2, name                                                      # one forward, one backward
 
 
 CHECKS = dict(
@@ -145,6 +158,7 @@ CHECKS = dict(
     in_kernel=lambda d: check_cases({k: CASES[k] for k in ('levels', 'sparsemax_p1')}, (torch.float32,), ('box', 'inside'), d),
     half=lambda d: check_cases({k: CASES[k] for k in ('levels', 'sparsemax_p1')}, (torch.float32, torch.bfloat16, torch.float16), ('wide', 'inside'), d),
     cut=check_cut_really, zero=check_zero_keys, opcheck=check_opcheck, compile=check_compile_and_autocast,
+    networks_trained=lambda d: check_networks(d, trained=True),
     wide=lambda d: (check_cases(CASES, device=d), check_cases(SLOW, device=d)),
     opcheck_all=lambda d: check_opcheck(d, ('test_schema', 'test_faketensor', 'test_autograd_registration', 'test_aot_dispatch_dynamic')))
 

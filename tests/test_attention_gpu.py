@@ -10,12 +10,15 @@ pytestmark = pytest.mark.skipif(not has_triton(), reason='needs Triton')
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
 
-def in_interpreter(*args, seconds=900):
-    "Checks in a process that loads Triton with its interpreter"
-    run = subprocess.run([sys.executable, ROOT/'tests/fused_cases.py', *args], capture_output=True, text=True, timeout=seconds, cwd=ROOT,
-                         env={**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
+def by_interpreter(*command, seconds=900):
+    "A script in a process that loads Triton with its interpreter; what it printed"
+    run = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=seconds, cwd=ROOT,
+                         env={**os.environ, 'TRITON_INTERPRET': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT/"tests"}', 'OMP_NUM_THREADS': '1'})
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
     return run.stdout
+
+
+def in_interpreter(*names, seconds=900): return by_interpreter(ROOT/'tests/fused_cases.py', *names, seconds=seconds)
 
 
 @pytest.mark.parametrize('names', [['cases'], ['in_kernel', 'half', 'cut', 'zero', 'opcheck', 'compile'], ['plan', 'networks']], ids=['cases', 'rest', 'networks'])
@@ -23,8 +26,24 @@ def test_through_the_interpreter(names): assert in_interpreter(*names).split() =
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['wide', 'opcheck_all'])
+@pytest.mark.parametrize('name', ['wide', 'opcheck_all', 'networks_trained'])
 def test_widely_through_the_interpreter(name): in_interpreter(name, seconds=3000)
+
+
+@pytest.mark.parametrize('examples', [4, pytest.param(120, marks=pytest.mark.slow)])
+def test_drawn_problems(examples):
+    "Equal to the definition with every gradient, however the work is cut; hypothesis draws always the same problems"
+    seen = dict(word.split('=') for word in by_interpreter(ROOT/'tests/fused_property.py', examples, seconds=3000).split())
+    assert sum(int(seen[k]) for k in ('whole', 'strips', 'strips_of_keys')) >= examples
+    assert examples < 100 or min(map(int, seen.values())) > 10, seen                      # every way was met
+
+
+def test_two_processes_share_a_batch():
+    assert '2 processes' in by_interpreter('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', ROOT/'tests/fused_training.py')
+
+
+@pytest.mark.slow
+def test_a_compiled_training_step_is_one_graph(): assert by_interpreter(ROOT/'tests/fused_training.py').strip() == '1 graph, 0 breaks'
 
 
 COMPILE = '''
@@ -111,9 +130,13 @@ def test_room_follows_the_free_memory(monkeypatch):
         assert default_room(SimpleNamespace(is_cuda=True, device='cuda')) == entries
 
 
-def test_package_imports_without_triton():
-    code = 'import sys; sys.modules["triton"] = None; import msnlan.attention.gpu, msnlan.models.zoo, msnlan.training.trainer'
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+def test_package_imports_without_triton_and_notebook_tools():
+    "A GPU machine may have PyTorch, and none of these"
+    code = ('import sys\nfor m in ("triton", "nbdev", "fastcore", "execnb", "papermill", "ipykernel", "pytest"): sys.modules[m] = None\n'
+            'import msnlan.attention.gpu, msnlan.models.zoo, msnlan.training.trainer, msnlan.training.budget, msnlan.benchmarks.gpu\n'
+            'import msnlan.attention, msnlan.models, msnlan.training')
+    run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @CUDA

@@ -35,7 +35,7 @@ def inside(
     patch:int,     # patch size p
     channels:int,  # of the maps that are multiplied
 )->bool:           # are the products made in the kernel that needs them, and never written?
-    "By the estimate above: where p*p*channels multiply-adds cost less than to write products and read them p times"
+    "By the estimate below: where p*p*channels multiply-adds cost less than to write products and read them p times"
     if form not in FORMS: raise ValueError(f"form: expected {', '.join(map(repr, FORMS))}, found {form!r}")
     return form == 'inside' or form == 'auto' and (patch == 1 or patch == 3 and channels <= 64)
 

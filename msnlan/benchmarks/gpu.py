@@ -64,7 +64,7 @@ def operator_cases(toy:bool=False)->dict:   # name -> an entry of `cases`
     if toy: return {k: reshaped(c, few) for k, c in cases((6,)).items() if k in ('p3_6', 'hspan_6')}
     found = cases((96, 48, 192, 256, 384))
     for n in (96, 48):                                                     # CSNLN's attention within a scale
-        found[f'pixels_{n}'] = dict(query=(1, 64, n, n), keys=[(1, 64, n, n)], values=[(1, 64, n, n)],
+        found[f'pixels_{n}'] = dict(query=(1, 64, n, n), keys=[(1, 64, n, n)], values=[(1, 128, n, n)],
                                     options=dict(patch=1, softmax_scale=1., normalize_keys=False))
     return {k: reshaped(c, many) if k.endswith('_48') else c for k, c in found.items()}
 
