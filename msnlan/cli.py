@@ -159,14 +159,17 @@ def explore(
     side:Annotated[int, typer.Option(help='Longest side of the picture that the network sees')]=128,
     port:Annotated[int, typer.Option(help='Port of the page')]=8866,
     browser:Annotated[bool, typer.Option(help='Open the page in a browser')]=True,
+    idle:Annotated[float, typer.Option(help='Minutes after which the kernel of a closed page ends')]=20,
 ):
     """Click in attention maps: a page on this machine only, made by voila, until Ctrl+C.
 
     Example: msnlan explore photo.jpg --port 8866
     """
-    from msnlan.correlation.explorer import open_model, open_picture, serve
+    from msnlan.correlation.desk import open_model
+    from msnlan.correlation.page import serve
+    from msnlan.correlation.scenes import open_picture
     open_picture(picture); open_model(model)
-    serve(port, browser, picture=picture, model=model, side=side)
+    serve(port, browser, idle, picture=picture, model=model, side=side)
 
 # %% ../nbs/05_cli.ipynb #6edb9e21
 @app.command()

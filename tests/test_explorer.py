@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from msnlan.correlation.recording import correlation_maps
-from msnlan.correlation.explorer import SUFFIX, UNTRAINED, Desk, Explorer, Shared, model_names, serve
+from msnlan.correlation.explorer import SUFFIX, UNTRAINED, Desk, Explorer, Shared, model_names
+from msnlan.correlation.page import serve
 from msnlan.models.zoo import create_model, save_weights
 
 SMALL = 'msnlan' + SUFFIX
@@ -169,7 +170,7 @@ def test_nothing_on_the_page_comes_from_elsewhere():
 
 
 def test_page_without_voila(monkeypatch):
-    monkeypatch.setattr('msnlan.correlation.explorer.find_spec', lambda name: None)
+    monkeypatch.setattr('msnlan.correlation.page.find_spec', lambda name: None)
     with pytest.raises(ImportError, match='pip install voila'): serve()
 
 
@@ -296,7 +297,7 @@ def test_terminating_the_command_ends_what_it_started(tmp_path):
         f'os.rename({str(tmp_path/"new")!r}, {str(tmp_path/"started")!r})\ntime.sleep(600)\n')
     (tmp_path/'voila/__init__.py').write_text('')
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[1])]))
-    command = subprocess.Popen([sys.executable, '-c', 'from msnlan.correlation.explorer import serve; serve(browser=False)'], env=env)
+    command = subprocess.Popen([sys.executable, '-c', 'from msnlan.correlation.page import serve; serve(browser=False)'], env=env)
     try:
         end = time.monotonic() + 120
         while not (tmp_path/'started').exists(): assert command.poll() is None and time.monotonic() < end; time.sleep(.1)

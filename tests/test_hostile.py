@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from hostile import file_of
 from msnlan.batch import Task, convert
 from msnlan.basics import peak_memory
-from msnlan.correlation.explorer import decode
+from msnlan.correlation.scenes import decode
 from msnlan.evaluation.scores import score_folder
 from msnlan.models.zoo import create_model, load_model, save_weights
 from msnlan.photos import read_photo

@@ -44,10 +44,11 @@ def strength(
     weights:np.ndarray,  # any shape, 0 or more
     scale:str='log',     # 'log', 'root' or 'linear'
     decades:float=3.,    # powers of ten below the largest that 'log' shows
+    most:float|None=None,# the weight that is brightest; none: the largest here
 )->np.ndarray:           # same shape, in [0, 1]; the largest weight is 1
     "Brightness of weights, relative to the largest"
     if scale not in SCALES: raise ValueError(f"scale is {scale!r}; expected one of {', '.join(SCALES)}")
-    part = weights/max(weights.max(), 1e-300)
+    part = weights/max(weights.max() if most is None else most, 1e-300)
     if scale == 'linear': return part
     return np.sqrt(part) if scale == 'root' else np.clip(1 + np.log10(np.maximum(part, 1e-300))/decades, 0, 1)
 
@@ -125,10 +126,11 @@ def show_map(
     cmap:str='cividis',
     backdrop:float=.7,    # see `shade`
     title:str='',
+    most:float|None=None, # see `strength`
 ):
     "The weights of a point over the picture, its query, and the patches of the largest weights"
     shown = m.on_picture()[point]
-    bright = strength(shown, scale, decades or span([shown]))
+    bright = strength(shown, scale, decades or span([shown]), most)
     show_picture(ax, shade(image, bright, cmap, backdrop), title)
     for i, f in enumerate(m.matches(point, boxes, m.query_box(point)[2])):
         outline(ax, f.box, MATCHES[i % 6], label=str(i + 1))

@@ -1,21 +1,25 @@
-// The explorer's browser side. The kernel (msnlan/explorer.py) sends the picture (`scene`) and, for each query pixel, the
+// The explorer's browser side. The kernel (msnlan/correlation/views.py) sends the picture (`scene`) and, for each query pixel, the
 // maps and numbers (`answer`); everything here draws them and sets the traits that say what is on show.
 
 const RANKS = ["#56B4E9", "#E69F00", "#009E73", "#F0E442", "#CC79A7", "#0072B2", "#D55E00", "#FFFFFF"];  // Okabe and Ito
 const QUANTITIES = { match: "match: the patch's weights", mixture: "mixture: what the pixel is made of" };
-const WEIGHTINGS = { "": "its own", none: "none", uniform: "uniform", "top-k": "top-k", random: "random", "local window": "local window",
+const WEIGHTINGS = { "": "its own", none: "none", uniform: "uniform", "top-k": "top-k", random: "random", shuffled: "its own, shuffled", "local window": "local window",
   softmax: "softmax", sparsemax: "soft threshold" };
 const WHOLE = { "": "the query pixel", effective_keys: "whole picture: effective keys", entropy: "whole picture: entropy", distance: "whole picture: mean distance",
   best_distance: "whole picture: distance of best match", self_match: "whole picture: self-match", largest: "whole picture: largest weight",
   contribution: "whole picture: contribution" };
 const LETTERS = "ABCDEF";  // of the pinned pixels
 const HELP = "Arrow keys move the pixel (Shift: by ten), + \u2212 0 zoom, 1 to 8 jump to a match, P pins or unpins, Q the next pin, " +
-  "M match or mixture, O what comes out, E the largest error, Escape cancels.";
+  "M match or mixture, D the difference to the first map, O what comes out, E the largest error, Escape cancels.";
 const DECADES = 4;         // that a logarithmic scale shows by itself, at most
 const SCALES = [[0, "linear"], [-1, "logarithmic"], ...[2, 4, 8, 16, 32].map((n) => [n, `logarithmic, ${n} decades`])];
 const TALLEST = 600;       // of a picture that fits, screen pixels
 const LARGEST = 4096;      // side of a zoomed picture, screen pixels
 const PART = 2 ** 20;      // bytes of an upload in one message
+const FORMATS = { "pdf double": "PDF, two columns", "pdf single": "PDF, one column", "svg double": "SVG, two columns", "svg single": "SVG, one column" };
+const ORDER = ["first", "second", "third", "fourth"];
+const MORE = [230, 97, 1], LESS = [94, 60, 153];   // orange and purple, apart for every reader
+const PHOTOS = "photographs", OWN = "your own";   // sets of pictures
 const FILE = "\u2026";     // the list entry that asks for a weights file
 
 function make(tag, settings = {}, ...children) {
@@ -81,6 +85,14 @@ function heat(size, map, most, table, decades) {   // the smaller the weight, th
   return raster(size, (i) => {
     const at = level(map[i], most, decades);
     return [table, 3 * at, map[i] > 0 ? Math.round(255 * Math.sqrt(at / 255)) : 0];
+  });
+}
+
+function contrast(size, map, first, most) {   // more weight than the first map in orange, less in purple
+  const table = [...MORE, ...LESS];
+  return raster(size, (i) => {
+    const d = map[i] - first[i];
+    return [table, d > 0 ? 0 : 3, Math.round(255 * Math.sqrt(Math.min(1, Math.abs(d) / (most || 1))))];
   });
 }
 
@@ -161,6 +173,16 @@ function enlarge(context, show, box, colour, side, x0 = 0, y0 = 0) {   // a patc
   context.restore();
 }
 
+function signs(context, width, height, x0 = 0, y0 = 0) {   // the colours of a difference, less to more
+  for (let i = 0; i < width; i++) {
+    const t = 2 * i / (width - 1) - 1, [r, g, b] = t > 0 ? MORE : LESS;
+    context.fillStyle = "#FFF"; context.fillRect(x0 + i, y0, 1, height);
+    context.fillStyle = `rgba(${r},${g},${b},${Math.sqrt(Math.abs(t))})`; context.fillRect(x0 + i, y0, 1, height);
+  }
+}
+
+const colours = (show, context, table, width, height, x0 = 0, y0 = 0) => show.contrast ? signs(context, width, height, x0, y0) : legend(context, table, width, height, x0, y0);
+
 function legend(context, table, width, height, x0 = 0, y0 = 0) {
   for (let i = 0; i < width; i++) {
     const at = 3 * Math.round((255 * i) / (width - 1));
@@ -169,7 +191,7 @@ function legend(context, table, width, height, x0 = 0, y0 = 0) {
   }
 }
 
-const ends = (show) => show.whole ? ["0", `${show.whole.name} ${number(show.most)}`] : [show.decades ? `\u2264 ${number(show.most / 10 ** show.decades)}` : "0", `weight ${number(show.most)}`];
+const ends = (show) => show.contrast ? [`\u2212${number(show.contrast)}`, `+${number(show.contrast)} against the first map`] : show.whole ? ["0", `${show.whole.name} ${number(show.most)}`] : [show.decades ? `\u2264 ${number(show.most / 10 ** show.decades)}` : "0", `weight ${number(show.most)}`];
 
 const facts = (show) => [
   ["Largest weight of a key", number(show.largest)],
@@ -209,7 +231,7 @@ class Panel {
     this.body = make("div", { className: "mx-body" },
       make("div", {}, this.stage, make("div", { className: "mx-legend" }, this.low, this.bar, this.high), this.under),
       make("div", {}, this.patches, this.pins, this.numbers));
-    const name = index ? "second" : "first";
+    const name = ORDER[index];
     this.node = make("section", { className: "mx-panel", "aria-label": `${name} map` },
       make("div", { className: "mx-choices" }, labelled("Model", this.model), labelled("Layer", this.layer), labelled("Branch", this.branch)),
       this.file, this.body, this.results);
@@ -240,7 +262,8 @@ class Panel {
   readout() {   // the weight under the pointer, of the map that is on show
     const at = this.app.pointer, [height, width] = this.show.size;
     const there = at && at[0] < height && at[1] < width;
-    this.under.textContent = there ? `row ${at[0]}, column ${at[1]}: ${this.show.whole ? this.show.whole.name : "weight"} ${number(this.map[at[0] * width + at[1]])}` : "\u00a0";
+    const first = this.app.panels[0].map, i = there ? at[0] * width + at[1] : 0, d = there ? this.map[i] - first[i] : 0;
+    this.under.textContent = there && this.show.contrast ? `row ${at[0]}, column ${at[1]}: ${number(this.map[i])}, ${d < 0 ? "\u2212" : "+"}${number(Math.abs(d))} against the first` : there ? `row ${at[0]}, column ${at[1]}: ${this.show.whole ? this.show.whole.name : "weight"} ${number(this.map[at[0] * width + at[1]])}` : "\u00a0";
   }
 
   update(state) {
@@ -251,18 +274,23 @@ class Panel {
     fill(this.branch, (layers.find((l) => l[0] === panel.layer) || [0, []])[1], panel.branch);
     this.file.hidden = true;
     const { map, largest, ...found } = state.answer.panels[this.index];
-    this.map = floats(found.whole ? found.whole.map : map);
     this.table = bytes(options.palettes[state.palette]);
-    this.largestHere = largestOf(this.map);
     const most = this.app.shared.checked ? Math.max(...this.app.panels.slice(0, state.panels.length).map((p) => p.largestHere || 0)) : this.largestHere;
     this.show = { ...found, largest, most, size: scene.size, picture: state.photograph, point: state.point,
       opacity: state.opacity, untrained: scene.untrained[this.index], quantity: state.quantity, decades: found.whole ? 0 : span(this.map, most, state.decades), hover: this.app.pointer, title: `${panel.model}, ${panel.layer}, ${panel.branch}, ${state.quantity}` };
-    this.show.heat = heat(scene.size, this.map, most, this.table, this.show.decades);
+    const first = this.app.panels[0].map;
+    if (state.difference && this.index && first.length === this.map.length) {
+      this.show.contrast = this.map.reduce((far, w, i) => Math.max(far, Math.abs(w - first[i])), 0);
+      this.show.title += ", minus the first";
+      this.show.heat = contrast(scene.size, this.map, first, this.show.contrast);
+    } else this.show.heat = heat(scene.size, this.map, most, this.table, this.show.decades);
     this.canvas.setAttribute("aria-label", `Map of ${this.show.title} for row ${state.point[0]}, column ${state.point[1]}. ` +
       "Arrow keys move the pixel, with Shift by ten; plus, minus and zero zoom.");
     this.sum = state.quantity === "mixture" ? found.share || 1 : 1;     // parts of a mixture are parts of its sum
     this.list(); this.draw(); this.readout(); this.outcome(state);
   }
+
+  take(found) { this.map = floats(found.whole ? found.whole.map : found.map); this.largestHere = largestOf(this.map); }
 
   outcome(state) {   // what comes out: pictures beside one another, each a window on the same place
     const found = state.outcomes && (state.results.panels || [])[this.index];
@@ -330,7 +358,8 @@ class Panel {
   }
 
   list() {
-    legend(this.bar.getContext("2d"), this.table, 160, 10);
+    const bar = this.bar.getContext("2d");
+    bar.clearRect(0, 0, 160, 10); colours(this.show, bar, this.table, 160, 10);
     [this.low.textContent, this.high.textContent] = ends(this.show);
     let sum = 0;
     const patch = (box, colour, ...captions) => {
@@ -372,7 +401,7 @@ function exported(panels, state) {
     context.translate(0, 52); context.beginPath(); context.rect(0, 0, width * z, height * z); context.clip();
     paint(context, show, z);
     context.restore();
-    legend(context, table, 160, 10, 0, tall + 60);
+    colours(show, context, table, 160, 10, 0, tall + 60);
     write(ends(show).join(" \u2026 "), 170, tall + 70);
     [{ box: show.query }, ...show.matches.slice(0, 6)].forEach((m, j) => {
       enlarge(context, show, m.box, j ? RANKS[j - 1] : "#FFF", patch - 4, j * patch, tall + 80);
@@ -394,18 +423,21 @@ class App {
     const button = (text, label, act) => make("button", { type: "button", textContent: text, "aria-label": label, title: label, onclick: act });
     const coordinate = (axis) => make("input", { type: "number", min: 0, onchange: (e) => {
       const point = [...this.state.point]; point[axis] = Number(e.target.value); this.look(point, true); } });
+    this.sets = make("select", { onchange: (e) => this.ask("picture", this.groups()[e.target.value][0]) });
     this.pictures = make("select", { onchange: (e) => this.ask("picture", e.target.value) });
     this.upload = make("input", { type: "file", accept: "image/*", hidden: true, onchange: (e) => { this.take(e.target.files[0]); e.target.value = ""; } });
     this.sides = make("select", { onchange: (e) => this.ask("side", Number(e.target.value)) });
     this.row = coordinate(0); this.column = coordinate(1);
-    this.compare = make("input", { type: "checkbox", onchange: () => this.toggle() });
+    this.compare = make("select", { onchange: (e) => this.arrange(Number(e.target.value)) });
+    this.contrast = make("input", { type: "checkbox", onchange: (e) => set("difference", e.target.checked) });
+    this.format = make("select");
     this.follow = make("input", { type: "checkbox" });
     this.count = make("input", { type: "number", min: 1, max: RANKS.length,
       onchange: (e) => this.ask("matches", clamp(Math.round(Number(e.target.value)) || 1, 1, RANKS.length)) });
     this.quantity = make("select", { onchange: (e) => this.ask("quantity", e.target.value) });
     this.whole = make("select", { onchange: (e) => this.ask("whole", e.target.value) });
     this.apart = make("input", { type: "number", min: 0, max: 64, onchange: (e) => this.ask("apart", clamp(Math.round(Number(e.target.value)) || 0, 0, 64)) });
-    this.shared = make("input", { type: "checkbox", onchange: () => { this.update(); this.update(); } });
+    this.shared = make("input", { type: "checkbox", checked: true, onchange: () => this.update() });
     this.fit = make("select", { onchange: (e) => this.ask("fit", e.target.value) });
     this.small = make("select", { onchange: (e) => this.ask("scale", Number(e.target.value)) });
     const edge = (axis) => make("input", { type: "number", min: 0, onchange: (e) => {
@@ -427,18 +459,19 @@ class App {
     this.busy = make("p", { className: "mx-busy", role: "status" });
     this.code = make("pre", { className: "mx-code", tabIndex: 0, "aria-label": "code cell for this view" });
     this.copied = make("span", { role: "status" });
-    this.panels = [new Panel(this, 0), new Panel(this, 1)];
+    this.panels = ORDER.map((_, i) => new Panel(this, i));
     const check = (text, control) => make("label", { className: "mx-check" }, control, make("span", {}, text));
     this.root = make("div", { className: "msnlan-explorer", "data-lm-suppress-shortcuts": "true" },
-      make("div", { className: "mx-row" }, labelled("Picture", this.pictures), this.upload,
+      make("div", { className: "mx-row" }, labelled("Set", this.sets), labelled("Picture", this.pictures), this.upload,
         button("Upload \u2026", "Upload a picture of your own", () => this.upload.click()), labelled("Longest side", this.sides),
         labelled("Make it small", this.fit), labelled("By", this.small), this.cornerFields = make("div", { className: "mx-pair" }, labelled("Crop row", this.top), labelled("Crop column", this.left)), labelled("Row", this.row), labelled("Column", this.column),
-        check("Compare two maps", this.compare), check("Follow the pointer", this.follow)),
+        labelled("Maps", this.compare), check("Follow the pointer", this.follow)),
       make("div", { className: "mx-row" }, labelled("Map of", this.quantity), labelled("Overlay", this.whole), labelled("Colours", this.palette), labelled("Opacity of the map", this.opacity),
-        labelled("Scale", this.scale), labelled("Matches", this.count), labelled("Apart (px)", this.apart), check("Same colours", this.shared),
+        labelled("Scale", this.scale), labelled("Matches", this.count), labelled("Apart (px)", this.apart), check("One colour scale", this.shared), this.contrastField = check("Difference to the first", this.contrast),
         make("div", { className: "mx-zoom", role: "group", "aria-label": "zoom" }, button("\u2212", "Zoom out", () => this.enlarge(-1)),
           this.factor, button("+", "Zoom in", () => this.enlarge(1)), button("Fit", "Fit the picture", () => set("zoom", 0))),
-        button("Save PNG", "Save this view as PNG", () => this.save())),
+        button("Save PNG", "Save this view as PNG", () => this.save()),
+        labelled("Figure for a paper", this.format), button("Save figure", "Save the maps as a figure in vectors", () => this.figure())),
       make("div", { className: "mx-row" }, check("What comes out", this.outcomes), labelled("Weights", this.weighting), this.extentField = labelled("Keys", this.extent),
         labelled("Temperature", this.temperature), labelled("In", this.where), button("Pin", "Pin this pixel, or take its pin away", () => this.pin()),
         button("Save session", "Save all choices as a small file", () => this.saveSession()), button("Load \u2026", "Load a session", () => this.sessionFile.click()), this.sessionFile,
@@ -453,17 +486,25 @@ class App {
 
   get state() { return this.current; }
 
+  groups() {   // set -> its pictures; names of a set's pictures begin with the set's
+    const { pictures, sets } = this.model.get("options"), out = {};
+    for (const name of pictures) (out[sets[name] || OWN] ||= []).push(name);
+    return out;
+  }
+
   get waiting() { return this.asked > (this.model.get("answer").asked || 0); }
 
   listen() {
     const names = ["picture", "side", "point", "panels", "matches", "quantity", "opacity", "palette", "decades", "zoom", "options",
-      "fit", "scale", "corner", "pins", "apart", "whole", "outcomes", "change", "results", "answer", "problem", "busy", "code", "scene"];
+      "fit", "scale", "corner", "pins", "apart", "whole", "outcomes", "change", "difference", "results", "answer", "problem", "busy", "code", "scene"];
     this.read = () => Object.fromEntries(names.map((n) => [n, this.model.get(n)]));
     const pairs = names.map((n) => [`change:${n}`, () => this.changed(n)]);
     pairs.forEach(([event, act]) => this.model.on(event, act));
+    const received = (content, buffers) => this.received(content, buffers);
+    this.model.on("msg:custom", received);
     const observer = new ResizeObserver(() => this.panels.forEach((p) => p.draw()));
     observer.observe(this.root);
-    this.close = () => { pairs.forEach(([event, act]) => this.model.off(event, act)); observer.disconnect(); };
+    this.close = () => { pairs.forEach(([event, act]) => this.model.off(event, act)); this.model.off("msg:custom", received); observer.disconnect(); };
     this.clock = setInterval(() => { if (this.since) this.say(); }, 500);
     const before = this.close;
     this.close = () => { before(); clearInterval(this.clock); };
@@ -494,7 +535,8 @@ class App {
     state.photograph = this.seen === state.scene ? this.current.photograph : photograph(state.scene);
     this.seen = state.scene; this.current = state;
     const { options, panels } = state;
-    fill(this.pictures, options.pictures, state.picture);
+    const groups = this.groups(), set = Object.keys(groups).find((g) => groups[g].includes(state.picture));
+    fill(this.sets, Object.keys(groups), set); fill(this.pictures, groups[set], state.picture, (n) => (set === PHOTOS || set === OWN ? n : n.slice(set.length + 1)));
     fill(this.fit, ["reduce", "crop"], state.fit, (n) => (n === "crop" ? "native crop" : "reduced"));
     fill(this.small, [0, 1, 2, 3, 4], state.scale, (n) => (n ? `x1/${n}` : "as the network"));
     this.cornerFields.hidden = state.fit !== "crop"; [this.top.value, this.left.value] = state.corner;
@@ -515,11 +557,13 @@ class App {
     fill(this.palette, Object.keys(options.palettes), state.palette);
     [this.row.value, this.column.value] = state.point;
     [this.row.max, this.column.max] = state.scene.size.map((n) => n - 1);
-    this.compare.checked = panels.length > 1;
+    fill(this.compare, ORDER.map((_, i) => i + 1), panels.length); this.contrast.checked = state.difference; this.contrastField.hidden = panels.length < 2;
+    fill(this.format, Object.keys(FORMATS), this.format.value || "pdf double", (n) => FORMATS[n]);
     this.count.value = state.matches; this.opacity.value = state.opacity;
     this.notice.textContent = state.scene.notice; this.code.textContent = state.code;
-    this.root.classList.toggle("mx-two", panels.length > 1);
+    this.root.classList.toggle("mx-two", panels.length > 1); this.root.classList.toggle("mx-three", panels.length === 3);
     this.panels.forEach((p, i) => { p.node.hidden = i >= panels.length; });
+    if (state.answer.panels.length === panels.length) state.answer.panels.forEach((found, i) => { this.panels[i].take(found); });
     if (state.answer.panels.length === panels.length) this.panels.slice(0, panels.length).forEach((p) => p.update(state));
     this.factor.textContent = state.zoom ? `${number(state.zoom)}\u00d7` : "fit";
     this.say();
@@ -551,7 +595,7 @@ class App {
 
   session() {
     const names = ["picture", "panels", "point", "side", "matches", "quantity", "opacity", "palette", "decades", "zoom", "scale", "fit", "corner", "pins", "apart", "whole",
-      "outcomes", "change"];
+      "outcomes", "change", "difference"];
     return { msnlan: "explorer 1", ...Object.fromEntries(names.map((n) => [n, this.model.get(n)])) };
   }
 
@@ -610,6 +654,7 @@ class App {
     else if (event.key === "p") this.pin();
     else if (event.key === "q") { const { pins, point } = this.state; if (pins.length) this.look(pins[(pins.findIndex((p) => p[0] === point[0] && p[1] === point[1]) + 1) % pins.length], true); }
     else if (event.key === "m") this.ask("quantity", this.state.quantity === "match" ? "mixture" : "match");
+    else if (event.key === "d") this.set("difference", !this.state.difference);
     else if (event.key === "o") this.ask("outcomes", !this.state.outcomes);
     else if (event.key === "e") { const worst = ((this.state.results.panels || [])[0] || {}).worst; if (worst) this.look(worst, true); }
     else return;
@@ -623,12 +668,28 @@ class App {
 
   panel(index, change) { this.send({ kind: "ask", name: "panel", index, value: change }); }
 
-  toggle() {
-    const [first] = this.state.panels, layers = this.state.scene.layers[0];
-    const all = layers.find((l) => l[0] === first.layer)[1];
-    const other = { ...first, branch: all[(all.indexOf(first.branch) + 1) % all.length] };
-    this.ask("panels", this.compare.checked ? [first, other] : [first]);
+  arrange(n) {   // n maps: those there are, then the next branches and layers of the first
+    const { panels, scene } = this.state, [first] = panels;
+    const all = scene.layers[0].flatMap(([layer, branches]) => branches.map((branch) => ({ ...first, layer, branch })));
+    const at = all.findIndex((p) => p.layer === first.layer && p.branch === first.branch), same = (p, q) => JSON.stringify(p) === JSON.stringify(q);
+    const next = [...all.slice(at + 1), ...all.slice(0, at)].filter((p) => !panels.some((q) => same({ ...first, ...q }, p)));
+    const more = Array.from({ length: n }, (_, i) => panels[i] || next[i - panels.length] || first);
+    this.ask("panels", more.slice(0, n));
   }
+
+  figure() {
+    const [format, width] = this.format.value.split(" ");
+    this.send({ kind: "figure", format, width, shared: this.shared.checked });
+  }
+
+  received(content, buffers) {   // a figure's file
+    if (content.kind !== "file") return;
+    const url = URL.createObjectURL(new Blob([buffers[0]]));
+    make("a", { href: url, download: `${this.stem()}.${content.format}` }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+  }
+
+  stem() { return [this.state.picture.replace(/.*[\\/]/, "").replace(/[^\w.-]+/g, "-"), ...this.state.point].join("-"); }
 
   async take(file) {
     if (!file) return;
@@ -641,10 +702,10 @@ class App {
   }
 
   save() {
-    const shown = this.panels.slice(0, this.state.panels.length), [row, column] = this.state.point;
+    const shown = this.panels.slice(0, this.state.panels.length);
     exported(shown, this.state).toBlob((blob) => {
-      const url = URL.createObjectURL(blob), name = this.state.picture.replace(/.*[\\/]/, "").replace(/[^\w.-]+/g, "-");
-      make("a", { href: url, download: `${name}-${row}-${column}.png` }).click();
+      const url = URL.createObjectURL(blob);
+      make("a", { href: url, download: `${this.stem()}.png` }).click();
       setTimeout(() => URL.revokeObjectURL(url), 1000);
     });
   }
