@@ -222,7 +222,7 @@ def format_of(
 def fit_format(
     photo:Photo,
     kind:str,     # of `format_of`
-)->tuple:         # uint8 or uint16 (H, W) or (H, W, C) with alpha last, the profile
+)->np.ndarray:    # uint8 or uint16, (H, W) or (H, W, C) with alpha last
     "Pixels as the format can hold them"
     pixels, alpha = photo.pixels, photo.alpha
     if kind not in WITH_16: pixels, alpha = to_bits(pixels, np.uint8), to_bits(alpha, np.uint8)
@@ -247,8 +247,9 @@ def encode(
         tifffile.imwrite(out, img, photometric='rgb' if img.ndim == 3 and img.shape[2] > 2 else 'minisblack',
                          planarconfig='contig' if img.ndim == 3 else None, iccprofile=photo.profile, **more)
         return out.getvalue()
-    if kind == 'JPEG': options = dict(quality=quality, subsampling=0)
-    else: options = dict(WEBP=dict(lossless=True, exact=True), TIFF=dict(compression='tiff_deflate')).get(kind, {})
+    settings:dict = dict(JPEG=dict(quality=quality, subsampling=0), WEBP=dict(lossless=True, exact=True),
+                         TIFF=dict(compression='tiff_deflate'))
+    options = settings.get(kind, {})
     if photo.profile and kind != 'BMP': options['icc_profile'] = photo.profile
     Image.fromarray(img).save(out, format=kind, **options)
     return out.getvalue()

@@ -176,7 +176,8 @@ def do_operator(task:dict, device:str, rounds:int, seconds:float=4.)->dict:
     case, backward = {**operator_cases(), **operator_cases(True)}[task['case']], task['pass_'] != 'forward'
     allow(task['kind'])
     need = map_bytes(case, task['kind'])*(3 if backward else 2)
-    row, calls, outs = dict(ms={}, peak_mb={}, failed={}), {}, {}
+    row:dict = dict(ms={}, peak_mb={}, failed={})
+    calls, outs = {}, {}
     for m in METHODS:
         step, why = a_call(case, m, backward, task['kind'], device), None
         if m in WHOLE and need > memory_of(device): why = 'map too large'
@@ -277,7 +278,7 @@ def work(
 )->int:             # exit status: 0 all done or out of time, 3 the GPU's context is lost
     "The worker: one task after the other, the report written after each"
     device, report = device_of(), open_report(path, toy)
-    do = dict(golden=do_golden, tests=do_tests, operator=partial(do_operator, rounds=1 if toy else 15),
+    do:dict = dict(golden=do_golden, tests=do_tests, operator=partial(do_operator, rounds=1 if toy else 15),
               training=partial(do_training, toy=toy))
     for task in left(report, plan(parts, toy)):
         if time.time() > until: break

@@ -87,7 +87,7 @@ def benchmark(
 )->dict:                        # the report, as written
     "A photograph whole, in blended tiles and in the authors' tiles; the report is written after every size"
     machine = dict(model=model, scale=scale, cpu=cpu_name(), cores=os.cpu_count(), date=time.strftime('%Y-%m-%d'))
-    report = dict(machine=machine, rows=[], left_out=[])
+    report:dict = dict(machine=machine, rows=[], left_out=[])
     for height, width in sizes:
         turn, taken = {}, {}
         for method in METHODS:

@@ -174,7 +174,7 @@ def unlike(
     "How far the truth at a match is from the truth at the query, means taken away"
     large = lambda box: [scale*float(b) for b in box]
     side = max(1, round(max(large(query)[2:])))
-    a, b = [luma(cut_patch(truth, large(box), 1, side)) for box in (query, match)]
+    a, b = [luma(cut_patch(truth, large(box), 1, side)) for box in (query, match)]  # type: ignore[arg-type]
     rows, columns = [min(n) for n in zip(a.shape, b.shape)]
     d = (a - a.mean())[:rows, :columns] - (b - b.mean())[:rows, :columns]
     return float(np.sqrt((d**2).mean()))

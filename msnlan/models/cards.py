@@ -114,7 +114,7 @@ def score_rows(scores:list)->list:  # of lists of texts
 # %% ../../nbs/models/08_cards.ipynb #7bfc1c4d
 def model_card(
     weights,          # a .safetensors file of `save_weights`
-    scores:list=(),   # as `scores_of_run` gives
+    scores:list=(),   # type: ignore[assignment] # as `scores_of_run` gives
 )->str:               # Markdown
     "The model card of a weight file, from its metadata and the scores given"
     model, about = load_model(weights), read_state(weights)[1]

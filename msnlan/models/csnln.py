@@ -223,7 +223,7 @@ class CSNLN(Network):
         step = self.cell.factor                                            # a stage reduces the map by it
         x = F.pad(x, (0, -W%step, 0, -H%step), mode='replicate')
         x, seen = self.head(self.entry(x)), []
-        for _ in range(self.config['depth']):
+        for _ in range(self.config['depth']):  # type: ignore[arg-type]
             x, h = self.cell(x)                                            # h: (N, C, s*H, s*W)
             seen.append(h)
         y = self.exit(self.tail(torch.cat(seen, 1)))

@@ -85,7 +85,7 @@ def room_of(
     for node in ast.parse(face.read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_rooms':
             rooms = {k.arg: k.value for k in node.value.keywords} if isinstance(node.value, ast.Call) \
-                else dict(zip(map(ast.literal_eval, node.value.keys), node.value.values))
+                else dict(zip(map(ast.literal_eval, node.value.keys), node.value.values))  # type: ignore[attr-defined]
             return next((f'{wing}.{r}' for r, names in rooms.items() if last in ast.literal_eval(names)), None)
 
 # %% ../../nbs/reproduce/03_fingerprints.ipynb #023b8714

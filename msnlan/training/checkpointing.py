@@ -129,7 +129,7 @@ def check_finite(
 def catch_signals():
     "Within the block SIGTERM and SIGINT only set `caught[0]`; outside the main thread nothing changes"
     caught, old = [None], {}
-    def handler(number, frame): caught[0] = signal.Signals(number).name
+    def handler(number, frame): caught[0] = signal.Signals(number).name  # type: ignore[call-overload]
     try:
         for s in (signal.SIGTERM, signal.SIGINT): old[s] = signal.signal(s, handler)
     except ValueError: pass                       # not in the main thread
