@@ -255,14 +255,18 @@ def in_order(
     return out
 
 # %% ../../nbs/reproduce/02_presets.ipynb #bf1e5b6e
-def presets_folder()->Path: return project_folder('experiments')/'presets'   # of those that come with the project
+def presets_folder()->Path:
+    "Where the presets lie that come with the project"
+    return project_folder('experiments')/'presets'
 
 def list_presets()->list:   # names
     "Names of the presets that come with the project, full-budget twins included"
     files = sorted(presets_folder().rglob('*.yaml'), key=lambda p: p.stem)
     return [n for p in files for n in (p.stem, *([f'{p.stem}-full'] if has_twin(p) else []))]
 
-def has_twin(path:Path)->bool: return bool(re.search('^full:', path.read_text(), re.M))
+def has_twin(path:Path)->bool:
+    "Does a preset's file say what its full-budget twin has otherwise?"
+    return bool(re.search('^full:', path.read_text(), re.M))
 
 # %% ../../nbs/reproduce/02_presets.ipynb #f64ecccd
 def preset_path(

@@ -189,8 +189,8 @@ again.</p>
 """
 
 # %% ../../nbs/reproduce/06_report.ipynb #c7ae60d4
-GALLERIES = [('study', 'differences', 'Differences'), ('train', 'training', 'Training'),
-             ('evaluate', 'pictures', 'Pictures'), ('attention_maps', 'attention', 'Attention maps')]   # kind of run, id, heading
+GALLERIES = [('study', 'differences', 'Differences'), ('train', 'training', 'Training'),     # kind of run, id, heading
+             ('evaluate', 'pictures', 'Pictures'), ('attention_maps', 'attention', 'Attention maps')]
 
 def galleries(
     runs:list,   # as `read_runs` gives
