@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['COST', 'full_name', 'is_whole', 'printed_rows', 'measured_rows', 'difference_rows', 'number', 'cost_text', 'places',
-           'lay_out']
+           'lay_out', 'sizes', 'plot_sizes']
 
 # %% ../../nbs/evaluation/03_papers.ipynb #a0d94778
 import re
 import pandas as pd
+from ..basics import project_folder
 from ..data.registry import set_info
 from .published import TASK_NAMES, join_published
 
@@ -120,3 +121,30 @@ def lay_out(
     first, n = table.shape[1] - len(columns) - 1, len(lines)
     marks = [[*[()]*first, *[(rank['psnr'][c][i], rank['ssim'][c][i]) for c in columns], ()] for i in range(n)]
     return dict(table=table, marks=marks, groups=[*['']*first, *[c[0] for c in columns], ''])
+
+# %% ../../nbs/evaluation/03_papers.ipynb #39affb7c
+def sizes(
+    folder=None,              # with `csnln_sizes.csv`; none: the project's
+    measured:pd.DataFrame|None=None,   # of `measured_rows`
+)->pd.DataFrame:              # method, row ('published' or 'here'), parameters, psnr (dB), source
+    "Parameters and PSNR on Set5 at x2, as CSNLN's Table 2 has them and as measured here"
+    printed = pd.read_csv(project_folder('published')/'csnln_sizes.csv' if folder is None else folder/'csnln_sizes.csv')
+    out = [printed.rename(columns=dict(psnr_db='psnr', params='parameters')).assign(row='published')]
+    if measured is not None and len(measured):
+        here = measured[(measured.dataset == 'Set5') & (measured.setting == 'x2') & measured.parameters.notna()]
+        out.append(here.assign(row='here'))
+    table = pd.concat(out, ignore_index=True)[['method', 'row', 'parameters', 'psnr', 'source']]
+    return table.sort_values('parameters', ignore_index=True)
+
+def plot_sizes(table:pd.DataFrame):   # of `sizes`; gives a matplotlib figure
+    "PSNR against the number of parameters"
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(5, 3.2), layout='constrained')
+    for row, mark in (('published', 'o'), ('here', 's')):
+        part = table[table.row == row]
+        ax.semilogx(part.parameters.astype(float), part.psnr, mark, label=dict(published='printed', here='measured here')[row])
+        for r in part.itertuples():
+            ax.annotate(r.method, (float(r.parameters), r.psnr), xytext=(4, 3), textcoords='offset points', fontsize=7)
+    ax.set_xlabel('parameters', fontsize=8); ax.set_ylabel('PSNR on Set5 x2, dB', fontsize=8)
+    ax.tick_params(labelsize=8); ax.grid(alpha=.3); ax.legend(fontsize=7); ax.margins(x=.15, y=.12)
+    return fig

@@ -39,7 +39,7 @@ INPUT_NAMES = {'dejpeg': 'JPEG', 'demosaic': 'Mosaiced'}
 
 # %% ../../nbs/evaluation/01_published.ipynb #c83be7a7
 def join_published(
-    measured:pd.DataFrame,   # means, as `summarise` gives them
+    measured:pd.DataFrame,   # means, as `summarise` gives them; tiles, ensemble, budget (what falls short) where known
     published:pd.DataFrame,  # of `read_published`
     methods:dict|None=None,  # model -> method where the names differ; case does not matter
 )->pd.DataFrame:             # model dataset setting ... psnr_published psnr psnr_diff (and ssim) note source
@@ -79,4 +79,7 @@ def _why_not(
         return f"{measured['pictures']} of {info.pictures} pictures"
     if measured['model'] == 'bicubic' and measured['protocol'] != 'bicubic':
         return "printed rows follow protocol 'bicubic'"
-    return ''
+    if (measured.get('ensemble', 1) > 1) != published['method'].endswith('+'):
+        return 'with self-ensemble here, printed without' if measured.get('ensemble', 1) > 1 else 'printed with self-ensemble'
+    if str(measured.get('tiles', '')).isdigit(): return f"tiles of {measured['tiles']} pixels"
+    return measured.get('budget', '')

@@ -190,7 +190,9 @@ again.</p>
 
 # %% ../../nbs/reproduce/06_report.ipynb #c7ae60d4
 GALLERIES = [('study', 'differences', 'Differences'), ('train', 'training', 'Training'),     # kind of run, id, heading
-             ('evaluate', 'pictures', 'Pictures'), ('attention_maps', 'attention', 'Attention maps')]
+             ('evaluate', 'pictures', 'Pictures'), ('attention_maps', 'attention', 'Attention maps'),
+             ('tables', 'sizes', 'Size and score'), ('interventions', 'losses', 'What is lost'),
+             ('similarity', 'likeness', 'Likeness'), ('temperature', 'temperature', 'Temperature')]
 
 def galleries(
     runs:list,   # as `read_runs` gives
