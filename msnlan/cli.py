@@ -195,6 +195,7 @@ def reproduce(
         from msnlan.reproduce.presets import describe_presets
         return typer.echo(describe_presets())
     from msnlan.reproduce.plan import chosen, describe_plan, plan_of
+    from msnlan.reproduce.overview import write_overview
     from msnlan.reproduce.plan import reproduce as run_all
     from msnlan.reproduce.presets import load_preset
     from msnlan.reproduce.provenance import RunError
@@ -208,6 +209,8 @@ def reproduce(
     page = folder/'index.html'
     if not found.ran and not found.failed: typer.echo('Nothing is to be done: every run is up to date')
     if found.changed: page = write_report(folder, spec, found.done)
+    if found.changed and spec['committed'] and folder == project_root()/'reports'/spec['folder']:
+        write_overview(project_root()/'reports')
     typer.echo(f'Report: {page}')
     if found.failed:
         name, error = next(iter(found.failed.items()))

@@ -13,5 +13,6 @@ _rooms = dict(
     presets=('load_preset',),
     plan=('reproduce', 'plan_of'),
     runs=('write_result', 'project_root'),
-    report=('write_report',))
+    report=('write_report',),
+    overview=('write_overview',))
 __getattr__, __dir__ = face('msnlan.reproduce', _rooms)
