@@ -4,7 +4,7 @@ import pandas as pd, pytest
 from conftest import ROOT
 from msnlan.evaluation.tables import write_table
 
-WHOLE = r"""\documentclass{article}\usepackage{booktabs,multirow}\begin{document}\tiny
+WHOLE = r"""\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\tiny
 %s
 \end{document}"""
 
