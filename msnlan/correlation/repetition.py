@@ -151,7 +151,8 @@ def match_likeness(
             if there is None: continue
             (y, x), step = there
             alike = likeness(here, window(truth, (s*y, s*x), s*side*step/call.query.row_step, s*side))
-            rows.append(dict(choice=name, point=i, likeness=alike, distance=float(np.hypot(y - centre[0], x - centre[1]))))
+            far = float(np.hypot(y - centre[0], x - centre[1]))
+            rows.append(dict(choice=name, point=i, likeness=alike, distance=far))
     return pd.DataFrame(rows, columns=['choice', 'point', 'likeness', 'distance'])
 
 # %% ../../nbs/correlation/08_repetition.ipynb #ef14bfb4
@@ -170,7 +171,7 @@ def rank_correlation(a, b, times:int=2000, seed:int=0)->tuple:   # (value, low, 
 def losses(
     scores:pd.DataFrame,   # a row per picture: network, weights_instead, dataset, picture, psnr, repetition
     own:str='own',         # what `weights_instead` says of a network as it is
-)->pd.DataFrame:           # network, dataset, weights_instead, pictures, psnr, loss, low, high (dB), worse, rank, rank_low, rank_high
+)->pd.DataFrame:   # network, dataset, weights_instead, pictures, psnr, loss, low, high (dB), worse, rank and its interval
     "What other weights cost, network by network; `ValueError` where a picture was not scored as it is"
     rows = []
     for (network, dataset), part in scores.groupby(['network', 'dataset'], sort=False):
@@ -179,7 +180,8 @@ def losses(
             raise ValueError(f'{network} on {dataset}: expected every picture with weights {own!r} and with all others')
         repeats = part.drop_duplicates('picture').set_index('picture').repetition.reindex(wide.index)
         for name in dict.fromkeys(part.weights_instead):
-            row = dict(network=network, dataset=dataset, weights_instead=name, pictures=len(wide), psnr=wide[name].mean())
+            row = dict(network=network, dataset=dataset, weights_instead=name, pictures=len(wide),
+                       psnr=wide[name].mean())
             if name != own:
                 loss = wide[own] - wide[name]
                 row |= dict(zip(('loss', 'low', 'high'), bootstrap(loss))) | dict(worse=float((loss > 0).mean()))

@@ -140,9 +140,9 @@ def plot_sizes(table:pd.DataFrame):   # of `sizes`; gives a matplotlib figure
     "PSNR against the number of parameters"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 3.2), layout='constrained')
-    for row, mark in (('published', 'o'), ('here', 's')):
+    for row, mark, label in (('published', 'o', 'printed'), ('here', 's', 'measured here')):
         part = table[table.row == row]
-        ax.semilogx(part.parameters.astype(float), part.psnr, mark, label=dict(published='printed', here='measured here')[row])
+        ax.semilogx(part.parameters.astype(float), part.psnr, mark, label=label)
         for r in part.itertuples():
             ax.annotate(r.method, (float(r.parameters), r.psnr), xytext=(4, 3), textcoords='offset points', fontsize=7)
     ax.set_xlabel('parameters', fontsize=8); ax.set_ylabel('PSNR on Set5 x2, dB', fontsize=8)

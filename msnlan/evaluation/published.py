@@ -79,7 +79,8 @@ def _why_not(
         return f"{measured['pictures']} of {info.pictures} pictures"
     if measured['model'] == 'bicubic' and measured['protocol'] != 'bicubic':
         return "printed rows follow protocol 'bicubic'"
-    if (measured.get('ensemble', 1) > 1) != published['method'].endswith('+'):
-        return 'with self-ensemble here, printed without' if measured.get('ensemble', 1) > 1 else 'printed with self-ensemble'
+    eight = measured.get('ensemble', 1) > 1
+    if eight != published['method'].endswith('+'):
+        return 'with self-ensemble here, printed without' if eight else 'printed with self-ensemble'
     if str(measured.get('tiles', '')).isdigit(): return f"tiles of {measured['tiles']} pixels"
     return measured.get('budget', '')

@@ -39,7 +39,7 @@ def standing(
 def claim_rows(
     reports:Path,
     claims:Path|None=None,   # YAML; none: the project's
-)->list:                     # of dicts: claim, source, study, and of a verdict: verdict, set, measured, interval, printed
+)->list:                     # of dicts: claim, source, study; verdict, set, measured, interval, printed, page
     "All claims with what studies say of them"
     import pandas as pd
     out = []
@@ -58,24 +58,28 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>msnlan: reports</title><style>{{ style }}
 td, th { white-space:normal; vertical-align:top } .no { color:var(--soft) }</style></head><body>
 <h1>msnlan: what was reproduced, what was not</h1>
-<p class="about">A line per preset: <code>msnlan reproduce NAME</code> makes its page. Where none is, the preset was not run for this
-repository, and its description says what it takes; nothing is claimed about it.</p>
-{% for heading, presets in groups %}<h2>{{ heading }}</h2><table><thead><tr><th>preset</th><th>what it is</th><th>state</th></tr></thead>
-<tbody>{% for p in presets %}<tr><td>{% if p.page %}<a href="{{ p.page }}">{{ p.name }}</a>{% else %}{{ p.name }}{% endif %}</td>
-<td>{{ p.title }}<br><span class="soft">{{ p.about }}</span></td><td>{% if p.page %}{{ p.done }} of {{ p.runs }} runs,
-{{ p.time }}, commit {{ p.commit }}, {{ p.machine }}{% else %}<span class="no">not run here ({{ p.runs }} runs)</span>{% endif %}</td></tr>
+<p class="about">A line per preset: <code>msnlan reproduce NAME</code> makes its page. Where none is, the preset was not run for
+this repository, and its description says what it takes; nothing is claimed about it.</p>
+{% for heading, presets in groups %}<h2>{{ heading }}</h2><table><thead><tr><th>preset</th><th>what it is</th>
+<th>state</th></tr></thead>
+<tbody>{% for p in presets %}<tr><td>{% if p.page %}<a href="{{ p.page }}">{{ p.name }}</a>{% else %}{{ p.name }}
+{% endif %}</td><td>{{ p.title }}<br><span class="soft">{{ p.about }}</span></td>
+<td>{% if p.page %}{{ p.done }} of {{ p.runs }} runs, {{ p.time }}, commit {{ p.commit }}, {{ p.machine }}
+{% else %}<span class="no">not run here ({{ p.runs }} runs)</span>{% endif %}</td></tr>
 {% endfor %}</tbody></table>
 {% endfor %}<h2>Claims of the papers</h2><table><thead><tr><th>claim</th><th>source</th><th>verdict</th><th>set</th>
 <th>measured, dB</th><th>95 % interval</th><th>printed, dB</th></tr></thead><tbody>
-{% for c in claims %}<tr><td>{{ c.claim }}</td><td>{{ c.source }}</td><td>{% if c.page %}<a href="{{ c.page }}">{{ c.verdict }}</a>
-{% else %}<span class="no">not tested here: {{ c.study }}</span>{% endif %}</td><td>{{ c.set }}</td><td>{{ c.measured }}</td>
+{% for c in claims %}<tr><td>{{ c.claim }}</td><td>{{ c.source }}</td><td>{% if c.page %}
+<a href="{{ c.page }}">{{ c.verdict }}</a>{% else %}<span class="no">not tested here: {{ c.study }}</span>{% endif %}</td>
+<td>{{ c.set }}</td><td>{{ c.measured }}</td>
 <td>{{ c.interval }}</td><td>{{ c.printed }}</td></tr>{% endfor %}</tbody></table>
-<h2>Further</h2><ul>{% for name, text in more %}<li><a href="{{ name }}/">{{ name }}</a>: {{ text }}</li>{% endfor %}</ul>
+<h2>Further</h2><ul>{% for name, text in more %}<li><a href="{{ name }}/">{{ name }}</a>: {{ text }}</li>
+{% endfor %}</ul>
 </body></html>
 """
 
 MORE = dict(systems='the networks side by side: parameters, operations, time, memory',
-            benchmarks='time and memory of the attention operator, of training, of a photograph; what a GPU would be asked',
+            benchmarks='time and memory: the attention operator, training, a photograph; what a GPU would be asked',
             published='numbers from papers, each with its source')
 
 def kind_of(name:str)->str:
