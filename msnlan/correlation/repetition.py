@@ -171,7 +171,7 @@ def rank_correlation(a, b, times:int=2000, seed:int=0)->tuple:   # (value, low, 
 def losses(
     scores:pd.DataFrame,   # a row per picture: network, weights_instead, dataset, picture, psnr, repetition
     own:str='own',         # what `weights_instead` says of a network as it is
-)->pd.DataFrame:   # network, dataset, weights_instead, pictures, psnr, loss, low, high (dB), worse, rank and its interval
+)->pd.DataFrame:   # network, dataset, weights_instead, pictures, psnr, loss, low, high (dB), worse, rank, its interval
     "What other weights cost, network by network; `ValueError` where a picture was not scored as it is"
     rows = []
     for (network, dataset), part in scores.groupby(['network', 'dataset'], sort=False):

@@ -58,8 +58,8 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>msnlan: reports</title><style>{{ style }}
 td, th { white-space:normal; vertical-align:top } .no { color:var(--soft) }</style></head><body>
 <h1>msnlan: what was reproduced, what was not</h1>
-<p class="about">A line per preset: <code>msnlan reproduce NAME</code> makes its page. Where none is, the preset was not run for
-this repository, and its description says what it takes; nothing is claimed about it.</p>
+<p class="about">A line per preset: <code>msnlan reproduce NAME</code> makes its page. Where none is, the preset was not run
+for this repository, and its description says what it takes; nothing is claimed about it.</p>
 {% for heading, presets in groups %}<h2>{{ heading }}</h2><table><thead><tr><th>preset</th><th>what it is</th>
 <th>state</th></tr></thead>
 <tbody>{% for p in presets %}<tr><td>{% if p.page %}<a href="{{ p.page }}">{{ p.name }}</a>{% else %}{{ p.name }}
@@ -70,7 +70,8 @@ this repository, and its description says what it takes; nothing is claimed abou
 {% endfor %}<h2>Claims of the papers</h2><table><thead><tr><th>claim</th><th>source</th><th>verdict</th><th>set</th>
 <th>measured, dB</th><th>95 % interval</th><th>printed, dB</th></tr></thead><tbody>
 {% for c in claims %}<tr><td>{{ c.claim }}</td><td>{{ c.source }}</td><td>{% if c.page %}
-<a href="{{ c.page }}">{{ c.verdict }}</a>{% else %}<span class="no">not tested here: {{ c.study }}</span>{% endif %}</td>
+<a href="{{ c.page }}">{{ c.verdict }}</a>{% else %}
+<span class="no">not tested here: {{ c.study }}</span>{% endif %}</td>
 <td>{{ c.set }}</td><td>{{ c.measured }}</td>
 <td>{{ c.interval }}</td><td>{{ c.printed }}</td></tr>{% endfor %}</tbody></table>
 <h2>Further</h2><ul>{% for name, text in more %}<li><a href="{{ name }}/">{{ name }}</a>: {{ text }}</li>
