@@ -58,8 +58,8 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>msnlan: reports</title><style>{{ style }}
 td, th { white-space:normal; vertical-align:top } .no { color:var(--soft) }</style></head><body>
 <h1>msnlan: what was reproduced, what was not</h1>
-<p class="about">A line per preset: <code>msnlan reproduce NAME</code> makes its page. Where none is, the preset was not run
-for this repository, and its description says what it takes; nothing is claimed about it.</p>
+<p class="about">A line per preset: <code>msnlan reproduce NAME</code> makes its page. Where none is, the preset was
+not run for this repository, and its description says what it takes; nothing is claimed about it.</p>
 {% for heading, presets in groups %}<h2>{{ heading }}</h2><table><thead><tr><th>preset</th><th>what it is</th>
 <th>state</th></tr></thead>
 <tbody>{% for p in presets %}<tr><td>{% if p.page %}<a href="{{ p.page }}">{{ p.name }}</a>{% else %}{{ p.name }}
