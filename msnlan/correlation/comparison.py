@@ -23,6 +23,7 @@ def show_difference(
     "More weight in orange, less in purple, by the root of the difference"
     (H, W), part = difference.shape, difference/max(most, 1e-300)
     drawn = ax.imshow(np.sign(part)*np.sqrt(np.abs(part)), cmap='PuOr_r', vmin=-1, vmax=1, extent=(0, W, H, 0))
+    ax.axis('on')                                        # the frame tells white from the page
     ax.set(xlim=(0, W), ylim=(H, 0), xticks=[], yticks=[], title=title)
     return drawn
 
@@ -37,7 +38,7 @@ def differences(
     most = max(np.abs(x).max() for x in d)
     drawn = [show_difference(ax, x, most, f'{name} minus\n{names[0]}') for ax, x, name in zip(axes[2:], d, names[1:])]
     bar = fig.colorbar(drawn[0], ax=list(axes), fraction=.05, pad=.02, shrink=.9, label='difference of weights')
-    bar.set_ticks([-1, -.5, 0, .5, 1], labels=[f'{most*np.sign(t)*t*t:.1g}' for t in (-1, -.5, 0, .5, 1)])
+    bar.set_ticks([-1, -.5, 0, .5, 1], labels=[f'{most*np.sign(t)*t*t:.2g}' for t in (-1, -.5, 0, .5, 1)])
     bar.outline.set_linewidth(.5)
 
 # %% ../../nbs/correlation/03_comparison.ipynb #a3456309

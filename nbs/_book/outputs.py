@@ -1,14 +1,14 @@
 """`make notebooks`: run the reading notebooks and keep their pictures and tables; `--check` says which are out of date.
 
 A notebook is current when the hash of its code is the one that its outputs were made from: pictures differ by bytes between machines."""
-import argparse, hashlib, json, os, sys
+import argparse, base64, hashlib, io, json, os, sys
 from pathlib import Path
 
 import nbformat
 
 NBS = Path(__file__).parents[1]
 READING = ['01_images', '02_degradations', 'attention/00_operator', 'attention/05_gpu', 'models/00_layers', 'correlation/01_drawing',
-           'correlation/02_recording', 'correlation/03_figures']
+           'correlation/02_recording', 'correlation/03_figures', 'correlation/03_comparison']
 LIMIT = 150_000   # bytes of outputs in a notebook
 
 
@@ -17,13 +17,23 @@ def code_hash(nb)->str:   # 16 hexadecimal digits
     return hashlib.sha256('\n'.join(c.source for c in nb.cells if c.cell_type == 'code').encode()).hexdigest()[:16]
 
 
+def smaller(png:str, colours:int=240)->str:   # base64
+    "A picture with few colours, as figures have them; the same where that is no smaller"
+    from PIL import Image
+    out = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(colours, Image.Quantize.MAXCOVERAGE).save(out, 'PNG', optimize=True)
+    return min(base64.b64encode(out.getvalue()).decode(), png.strip(), key=len)
+
+
 def tidy(output):   # an output, or none where it is of no use to a reader
     "Keep pictures, tables and printed text; drop warnings, widgets and what repeats a picture in words"
     if output.output_type == 'stream': return output if output.name == 'stdout' and output.text.strip() else None
     if output.output_type not in ('display_data', 'execute_result'): return output
     data = output.data
     data.pop('application/vnd.jupyter.widget-view+json', None)
-    if 'image/png' in data: data.pop('text/plain', None)
+    if 'image/png' in data:
+        data.pop('text/plain', None)
+        data['image/png'] = smaller(data['image/png'])
     output.metadata = {}
     return output if data else None
 
@@ -36,7 +46,9 @@ def run(path:Path):
     from nbclient import NotebookClient
     nb = nbformat.read(path, 4)
     os.environ.update(MPLBACKEND='module://matplotlib_inline.backend_inline', MSNLAN_OFFLINE='1')
-    NotebookClient(nb, timeout=300, kernel_name='python3', resources=dict(metadata=dict(path=str(path.parent)))).execute()
+    # a figure made without pyplot is shown as a picture only where the kernel does so from the start
+    NotebookClient(nb, timeout=300, kernel_name='python3', extra_arguments=['--matplotlib=inline'],
+                   resources=dict(metadata=dict(path=str(path.parent)))).execute()
     for c in nb.cells:
         c.metadata.pop('execution', None)
         if c.cell_type != 'code': continue
@@ -44,6 +56,8 @@ def run(path:Path):
         for o in c.outputs:
             if 'execution_count' in o: o.execution_count = None
     if size(nb) > LIMIT: raise SystemExit(f'{path.name}: outputs of {size(nb):,} bytes; expected at most {LIMIT:,}: smaller pictures')
+    words = [o.get('data', {}).get('text/plain', '') for c in nb.cells for o in c.get('outputs', [])]
+    if any(w.startswith('<Figure') for w in words): raise SystemExit(f'{path.name}: a figure was kept in words, not as a picture')
     nb.metadata['msnlan'] = dict(outputs=code_hash(nb))
     nbformat.write(nb, path)
 
