@@ -164,13 +164,13 @@ def full_tour(page, tmp_path):
         page.wait_for_function(f'was => {second} != was', arg=before)
 
     bad = tmp_path/'notes.png'; bad.write_text('no picture')
-    driver.answered(lambda: driver.root.locator('input[type=file]').set_input_files(bad))
+    driver.answered(lambda: driver.root.locator('input[accept="image/*"]').set_input_files(bad))
     assert 'notes.png is not a picture' in driver.root.get_by_role('alert').inner_text()
     rng, large = np.random.default_rng(0), tmp_path/'large.png'
     pixels = np.kron(rng.integers(0, 256, (30, 40), dtype=np.uint8), np.ones((100, 100), np.uint8))
     pixels[:1500, :1500] = rng.integers(0, 256, (1500, 1500))                 # more than one message's bytes
     Image.fromarray(pixels).save(large)
-    driver.answered(lambda: driver.root.locator('input[type=file]').set_input_files(large))
+    driver.answered(lambda: driver.root.locator('input[accept="image/*"]').set_input_files(large))
     assert re.search('Reduced from 4000 x 3000 to .* pixels', driver.root.inner_text())
     assert driver.root.get_by_role('alert').count() == 0, 'the message is gone'
     driver.answered(lambda: driver.label('Set').select_option('photographs'))
@@ -275,7 +275,7 @@ def test_other_weights_and_several_maps(voila, page, tmp_path):
     with page.expect_download() as download: driver.label('Save all choices as a small file').click()
     download.value.save_as(tmp_path/'session.json')
     driver.answered(lambda: driver.label('Maps').select_option('1'))
-    driver.answered(lambda: driver.root.locator('input[type=file]').nth(1).set_input_files(tmp_path/'session.json'))
+    driver.answered(lambda: driver.root.locator('input[accept=".json"]').set_input_files(tmp_path/'session.json'))
     assert canvases.count() == 4 and driver.label('Difference to the first').is_checked()
 
 
