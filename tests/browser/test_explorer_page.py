@@ -183,7 +183,7 @@ def full_tour(page, tmp_path):
     view = np.asarray(Image.open(tmp_path/'view.png').convert('RGB'))
     assert view.shape[1] == 2*(512 + 16) + 16 and len(np.unique(view.reshape(-1, 3), axis=0)) > 200
 
-    driver.root.locator('summary').click()
+    driver.root.locator('.mx-cell summary').click()
     code = driver.root.locator('.mx-code').inner_text()
     scope = {}
     exec(code.replace('Explorer(', 'again = Explorer(', 1), scope)
@@ -277,6 +277,20 @@ def test_other_weights_and_several_maps(voila, page, tmp_path):
     driver.answered(lambda: driver.label('Maps').select_option('1'))
     driver.answered(lambda: driver.root.locator('input[accept=".json"]').set_input_files(tmp_path/'session.json'))
     assert canvases.count() == 4 and driver.label('Difference to the first').is_checked()
+
+
+@pytest.mark.slow
+def test_on_a_phone(voila, page):
+    "The picture is on the first screen, nothing is wider than the screen, the controls are one touch away"
+    page.set_viewport_size(dict(width=390, height=844))
+    page.goto(voila, wait_until='commit')
+    driver = Driver(page)
+    canvas, weights = driver.root.locator('.mx-picture').first, driver.label('Weights')
+    assert canvas.bounding_box()['y'] < 700 and not weights.is_visible()
+    driver.root.locator('.mx-more summary').click()
+    assert weights.is_visible()
+    wide = page.evaluate("[...document.querySelectorAll('.msnlan-explorer *')].filter(n => n.getBoundingClientRect().right > innerWidth + 1).length")
+    assert wide == 0
 
 
 @pytest.mark.slow

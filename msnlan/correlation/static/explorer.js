@@ -125,7 +125,9 @@ function tag(context, text, x, y, colour) {   // the rank beside a box
 function paint(context, show, z) {   // a panel's picture at z screen pixels a pixel
   const [height, width] = show.size;
   context.imageSmoothingEnabled = false;
+  if (show.contrast) context.filter = "grayscale(1)";      // so that orange and purple are the difference's
   context.drawImage(show.picture, 0, 0, width * z, height * z);
+  context.filter = "none";
   context.globalAlpha = show.opacity;
   context.drawImage(show.heat, 0, 0, width * z, height * z);
   context.globalAlpha = 1;
@@ -466,8 +468,9 @@ class App {
         button("Upload \u2026", "Upload a picture of your own", () => this.upload.click()), labelled("Longest side", this.sides),
         labelled("Make it small", this.fit), labelled("By", this.small), this.cornerFields = make("div", { className: "mx-pair" }, labelled("Crop row", this.top), labelled("Crop column", this.left)), labelled("Row", this.row), labelled("Column", this.column),
         labelled("Maps", this.compare), check("Follow the pointer", this.follow)),
+      this.more = make("details", { className: "mx-more", open: el.clientWidth > 640 || !el.clientWidth }, make("summary", {}, "Map, figures, other weights, sessions"),
       make("div", { className: "mx-row" }, labelled("Map of", this.quantity), labelled("Overlay", this.whole), labelled("Colours", this.palette), labelled("Opacity of the map", this.opacity),
-        labelled("Scale", this.scale), labelled("Matches", this.count), labelled("Apart (px)", this.apart), check("One colour scale", this.shared), this.contrastField = check("Difference to the first", this.contrast),
+        labelled("Scale", this.scale), labelled("Matches", this.count), labelled("Apart (px)", this.apart), this.sharedField = check("One colour scale", this.shared), this.contrastField = check("Difference to the first", this.contrast),
         make("div", { className: "mx-zoom", role: "group", "aria-label": "zoom" }, button("\u2212", "Zoom out", () => this.enlarge(-1)),
           this.factor, button("+", "Zoom in", () => this.enlarge(1)), button("Fit", "Fit the picture", () => set("zoom", 0))),
         button("Save PNG", "Save this view as PNG", () => this.save()),
@@ -475,10 +478,10 @@ class App {
       make("div", { className: "mx-row" }, check("What comes out", this.outcomes), labelled("Weights", this.weighting), this.extentField = labelled("Keys", this.extent),
         labelled("Temperature", this.temperature), labelled("In", this.where), button("Pin", "Pin this pixel, or take its pin away", () => this.pin()),
         button("Save session", "Save all choices as a small file", () => this.saveSession()), button("Load \u2026", "Load a session", () => this.sessionFile.click()), this.sessionFile,
-        button("Copy link", "Copy a link to this view", () => this.link())),
+        button("Copy link", "Copy a link to this view", () => this.link()))),
       this.problem, make("div", { className: "mx-lines" }, make("p", { title: HELP, tabIndex: 0, "aria-label": HELP }, "Click a pixel, or use the keyboard (?)."), this.notice, this.busy, this.stop),
       make("div", { className: "mx-panels" }, ...this.panels.map((p) => p.node)),
-      make("details", {}, make("summary", {}, "Code cell for this view"), this.code,
+      make("details", { className: "mx-cell" }, make("summary", {}, "Code cell for this view"), this.code,
         make("div", { className: "mx-row" }, button("Copy", "Copy the code cell", () => this.copy()), this.copied)));
     el.append(this.root);
     this.listen();
@@ -557,7 +560,7 @@ class App {
     fill(this.palette, Object.keys(options.palettes), state.palette);
     [this.row.value, this.column.value] = state.point;
     [this.row.max, this.column.max] = state.scene.size.map((n) => n - 1);
-    fill(this.compare, ORDER.map((_, i) => i + 1), panels.length); this.contrast.checked = state.difference; this.contrastField.hidden = panels.length < 2;
+    fill(this.compare, ORDER.map((_, i) => i + 1), panels.length); this.contrast.checked = state.difference; this.contrastField.hidden = this.sharedField.hidden = panels.length < 2;
     fill(this.format, Object.keys(FORMATS), this.format.value || "pdf double", (n) => FORMATS[n]);
     this.count.value = state.matches; this.opacity.value = state.opacity;
     this.notice.textContent = state.scene.notice; this.code.textContent = state.code;
