@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 import pytest, torch
 from test_cli import is_one_line_error, msnlan, project                                        # noqa: F401 (a fixture)
+from msnlan.benchmarks.training import step_memory
 from msnlan.training import budget
 from msnlan.training.feed import ahead
 from msnlan.training.recipes import TrainConfig, load_recipe
@@ -57,3 +58,18 @@ def test_next_batch_is_on_its_way(monkeypatch):
     assert started == [0, 1] and waited == ['side']                          # the second is under way before the first is used
     assert first == [[('to', 'cuda:0', True), 'record']]*2
     assert len(list(got)) == 2 and started == [0, 1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='here is a GPU')
+@pytest.mark.parametrize('model,patch,batch,config', [
+    ('msnlan', 48, 4, SMALL), ('csnln', 32, 2, dict(n_feats=16, depth=2)), ('panet', 40, 2, dict(n_feats=16, n_resblocks=4, pa_reduction=2)),
+    ('hspan', 40, 4, dict(n_feats=32, n_resgroups=2, n_resblocks=2)), ('mlrn', 40, 4, dict(n_feats=16, n_modules=2))])
+def test_predicted_memory_is_what_a_step_takes(model, patch, batch, config, monkeypatch):
+    "Resident memory of two training steps in a process of its own, beyond what Python and its libraries take: within a quarter"
+    monkeypatch.setenv('OMP_NUM_THREADS', str(torch.get_num_threads()))
+    for name in ('MMAP', 'TRIM'): monkeypatch.setenv(f'MALLOC_{name}_THRESHOLD_', '65536')     # what is freed goes back, so that resident is alive
+    predicted = budget.step_budget(TrainConfig(model=model, model_config=config, patch=patch, batch=batch), 'cpu').peak/1e6
+    measured = step_memory(dict(model=model, config=dict(config, scale=2), patch=patch, batch=batch), 'auto')
+    print(f'{model}: predicted {predicted:.0f} MB, measured {measured:.0f} MB')
+    assert .75 < predicted/measured < 1.25, (predicted, measured)

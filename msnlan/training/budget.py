@@ -35,6 +35,12 @@ class Call(NamedTuple):
                              backward=self.back)
         return max(0, all_ - size(self.query) - sum(map(size, self.keys + self.values)))
 
+    def walk(self)->int:
+        "Bytes of the CPU's walk (`attention.cpu`): a thread's tile of lines, the maps laid out, their gradients"
+        maps = sum(4*torch.Size(shape).numel() for shape in [self.query, *self.keys, *self.values])
+        line = max(16*self.patch*k[3]*(self.query[3] + self.patch//2) for k in self.keys)
+        return torch.get_num_threads()*max(2**20, line) + 5*maps
+
     def flops(self)->int:
         "Multiply-adds count twice; the backward pass makes scores again and four products more"
         c, inner = self.values[0][1], self.query[1]
@@ -98,7 +104,7 @@ def on_cpu(step:Step)->int:
         backend = choose('cpu', c.pairs, 'sparsemax' if c.sparse else 'softmax', c.patch, c.query[0])
         held = one*c.query[0]
         if not c.back and (backend == 'plain' or backend == 'whole' and held <= KEEP): kept += held
-        scratch = max(scratch, 50_000_000 if backend == 'numba' else 2*one*torch.get_num_threads())
+        scratch = max(scratch, c.walk() if backend == 'numba' else 2*one*torch.get_num_threads())
     return step.peak + kept + scratch
 
 # %% ../../nbs/training/05_budget.ipynb #f5d1c770
