@@ -58,6 +58,7 @@ def run(path:Path):
     if size(nb) > LIMIT: raise SystemExit(f'{path.name}: outputs of {size(nb):,} bytes; expected at most {LIMIT:,}: smaller pictures')
     words = [o.get('data', {}).get('text/plain', '') for c in nb.cells for o in c.get('outputs', [])]
     if any(w.startswith('<Figure') for w in words): raise SystemExit(f'{path.name}: a figure was kept in words, not as a picture')
+    nb.metadata.pop('language_info', None)                                    # nbdev_clean takes it too
     nb.metadata['msnlan'] = dict(outputs=code_hash(nb))
     nbformat.write(nb, path)
 
