@@ -19,6 +19,7 @@ $(READY): requirements.lock settings.ini setup.py
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true   # here once, rather than in each process where PYTHONDONTWRITEBYTECODE is set
 	@$(BIN)/python -c "$(COMPILE)"
 	@touch $(READY)
 
