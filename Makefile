@@ -47,8 +47,9 @@ bench: $(READY)  ## time and memory of the attention operator
 gpu:             ## all that a GPU has to show, in ten minutes and resumable; the environment as it is, no network
 	@$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) -m msnlan.benchmarks.gpu
 
-readme: $(READY)  ## write README.md from nbs/index.ipynb
+readme: $(READY)  ## write README.md from nbs/index.ipynb, and the page over all reports
 	@$(BIN)/python tests/readme.py --write
+	@$(BIN)/python -c "from pathlib import Path; from msnlan.reproduce.overview import write_overview; write_overview(Path('reports'))"
 
 notebooks: $(READY)  ## run the reading notebooks and keep their pictures and tables
 	@$(BIN)/python nbs/_book/outputs.py

@@ -5,6 +5,7 @@ from conftest import ROOT
 from msnlan.basics import project_folder
 from msnlan.evaluation.claims import judge, read_claims
 from msnlan.evaluation.studies import arm_table, printed_arms, printed_verdicts
+from msnlan.reproduce.overview import MORE, write_overview
 from msnlan.reproduce.provenance import run_notebook
 
 CLAIMS = project_folder('experiments')/'claims.yaml'
@@ -50,3 +51,14 @@ def test_verdicts_of_runs_made_by_hand(tmp_path):
 def test_committed_verdicts_follow_from_their_scores(folder):
     result = json.loads((folder/'runs/study/result.json').read_text())
     again(folder/'tables', result['study'], result['against'])
+
+
+@pytest.mark.skipif(not (ROOT/'reports/index.html').is_file(), reason='reports/index.html is not committed')
+def test_the_page_over_all_reports_is_current(tmp_path):
+    "What `make readme` writes today is what is kept"
+    for source in [*(ROOT/'reports').glob('**/provenance.json'), *(ROOT/'reports').glob('studies/*/tables/verdicts.csv')]:
+        kept = tmp_path/'reports'/source.relative_to(ROOT/'reports')
+        if 'runs' in source.relative_to(ROOT/'reports').parts: continue
+        kept.parent.mkdir(parents=True, exist_ok=True); kept.write_bytes(source.read_bytes())
+    for name in MORE: (tmp_path/'reports'/name).mkdir(exist_ok=True)
+    assert write_overview(tmp_path/'reports').read_text() == (ROOT/'reports/index.html').read_text(), 'make readme writes it'

@@ -7,7 +7,7 @@ __all__ = ['project_root', 'notebook_path', 'declared', 'notebook_parameters', '
            'output_folder', 'save_figure', 'picture_hashes', 'file_label', 'arm_of', 'model_by_name', 'write_result']
 
 # %% ../../nbs/reproduce/00_runs.ipynb #715bd442
-import ast, hashlib, json
+import ast, hashlib, json, re
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -89,7 +89,8 @@ def save_figure(
     name:str,      # file name without suffix
     caption:str,
 )->dict:           # 'file' and 'caption', for `write_result`
-    "Save a figure as `figures/<name>.png`, the same bytes for the same picture"
+    "Save a figure as `figures/<name>.png`, the same bytes for the same picture; a set's `:` and `@` become hyphens"
+    name = re.sub('[:@]', '-', name)
     path = out/'figures'/f'{name}.png'
     path.parent.mkdir(exist_ok=True)
     fig.savefig(path, dpi=110, metadata={'Software': None})
