@@ -32,6 +32,6 @@ setup(
     long_description_content_type='text/markdown',
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(), extras_require=extras,
     packages=find_packages(include=['msnlan', 'msnlan.*']), cmdclass={'build_py': WithFolders},
-    package_data={'msnlan': ['weights/*', 'data/*.csv', 'correlation/static/*.*', 'correlation/static/voila/templates/explorer/*']},
+    package_data={'msnlan': ['weights/*', 'data/*.csv', 'correlation/static/*.*', 'reproduce/static/*.*', 'correlation/static/voila/templates/explorer/*']},
     entry_points={'console_scripts': cfg['console_scripts'].split()}, zip_safe=False,
 )

@@ -196,7 +196,7 @@ def reproduce(
         return typer.echo(describe_presets())
     from msnlan.reproduce.plan import chosen, describe_plan, plan_of
     from msnlan.reproduce.overview import write_overview
-    from msnlan.reproduce.plan import reproduce as run_all
+    from msnlan.reproduce.jobs import reproduce as run_all
     from msnlan.reproduce.presets import load_preset
     from msnlan.reproduce.provenance import RunError
     from msnlan.reproduce.report import write_report
@@ -248,11 +248,11 @@ def why(
 # %% ../nbs/05_cli.ipynb #71aee6d0
 @app.command(hidden=True)
 def job(preset:str, name:str, folder:Annotated[Path, typer.Option()], start:Annotated[Path, typer.Option()]=Path('.'),
-        fingerprint:Annotated[str, typer.Option()]=''):
+        plan:Annotated[Optional[Path], typer.Option()]=None):
     "Run one job of a preset, with paths as seen from the folder `start` (what the Snakefile's rules call)"
-    from msnlan.reproduce.plan import run_job
+    from msnlan.reproduce.jobs import run_job
     os.chdir(start)
-    raise SystemExit(run_job(preset, name, folder, fingerprint))
+    raise SystemExit(run_job(preset, name, folder, plan))
 
 # %% ../nbs/05_cli.ipynb #aa4522b7
 RESTORATION = ('denoise', 'demosaic', 'dejpeg')   # PANet's other tasks

@@ -47,7 +47,7 @@ def test_a_module_counts_where_it_is_reached(package):
 def test_rooms_that_no_notebook_reaches():
     for n in ('train', 'evaluate', 'paper_tables', 'attention_maps'):
         found = closure(imports(ast.parse(notebook_source(ROOT/f'nbs/experiments/{n}.ipynb'))))
-        assert not {'msnlan.cli', 'msnlan.reproduce.report', 'msnlan.reproduce.plan', 'msnlan.reproduce.presets', 'msnlan.reproduce.fingerprints', 'msnlan.reproduce.provenance',
+        assert not {'msnlan.cli', 'msnlan.reproduce.report', 'msnlan.reproduce.plan', 'msnlan.reproduce.jobs', 'msnlan.reproduce.presets', 'msnlan.reproduce.fingerprints', 'msnlan.reproduce.provenance',
                     'msnlan.reproduce.trail'} & set(found), n
 
 
@@ -165,7 +165,7 @@ def test_panet_has_its_four_tasks():
 
 def test_one_gpu_a_job(tmp_path):
     "Three processes, two GPUs: two run at once on different ones, the third waits"
-    code = ('import sys, os, time\nfrom pathlib import Path\nfrom msnlan.reproduce.plan import claim_gpu\nstart = time.time()\n'
+    code = ('import sys, os, time\nfrom pathlib import Path\nfrom msnlan.reproduce.jobs import claim_gpu\nstart = time.time()\n'
             'with claim_gpu(Path(sys.argv[1]), True) as g:\n    print(g, os.environ["CUDA_VISIBLE_DEVICES"], time.time(), flush=True)\n'
             '    time.sleep(2)\n    print(time.time())')
     env = os.environ | dict(CUDA_VISIBLE_DEVICES='3,5')

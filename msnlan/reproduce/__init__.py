@@ -11,7 +11,8 @@ from ..basics import face
 # %% ../../nbs/reproduce/index.ipynb #c91d9ad3
 _rooms = dict(
     presets=('load_preset',),
-    plan=('reproduce', 'plan_of'),
+    plan=('plan_of',),
+    jobs=('reproduce',),
     runs=('write_result', 'project_root'),
     report=('write_report',),
     overview=('write_overview',))
