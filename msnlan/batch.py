@@ -37,7 +37,7 @@ def pixel_cost(
 )->int:         # bytes an input pixel
     "What a network needs for a pixel of its input, on the safe side"
     features = getattr(net, 'config', {}).get('n_feats') or 64
-    return 8*features*(11 + 3*net.scale**2)*(3 if getattr(net, 'system', '') == 'csnln' else 1)
+    return 8*features*(11 + 3*net.scale**2)*getattr(net, 'per_pixel', 1)
 
 # %% ../nbs/08_batch.ipynb #b8f3f70f
 OVERLAP = 16       # input pixels that neighbours share, at least

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from msnlan.models.layers import ChannelAttention, PatchAttention
 from msnlan.models import csnln, hspan, msnlan, panet
-from msnlan.models.checkpoints import authors_names, from_authors, infer_config
-from msnlan.models.zoo import create_model, load_model
+from msnlan.models.checkpoints import from_authors
+from msnlan.models.names import authors_names
+from msnlan.models.zoo import create_model, infer_config, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = next((p for p in (ROOT.parent/'shared/golden', ROOT/'shared/golden') if p.is_dir()), None)

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from msnlan.correlation.recording import correlation_maps
-from msnlan.correlation.explorer import SUFFIX, UNTRAINED, Desk, Explorer, Shared, model_names
+from msnlan.correlation.explorer import SUFFIX, Desk, Explorer, Shared, model_names
+from msnlan.models.zoo import previews
 from msnlan.correlation.page import serve
 from msnlan.models.zoo import create_model, save_weights
 
@@ -48,7 +49,7 @@ def test_sends_the_maps_of_the_correlation_room(explorer):
         assert found['query'] == list(m.query_box())
 
 
-@pytest.mark.parametrize('system', UNTRAINED)
+@pytest.mark.parametrize('system', previews())
 def test_every_layer_and_branch_of(system):
     e = Explorer(picture(30, 26), system + SUFFIX, point=(8, 9))
     maps = set()
@@ -74,7 +75,7 @@ def test_two_models_share_the_pixel():
 
 @pytest.mark.parametrize('shape', [(1, 1), (1, 9), (9, 1)])
 def test_smallest_pictures(shape):
-    for system in UNTRAINED:
+    for system in previews():
         e = Explorer(picture(*shape), system + SUFFIX)
         e.point = [8, 8]
         assert e.point == [shape[0] - 1, shape[1] - 1] and np.isfinite(shown(e)).all() and e.problem == ''

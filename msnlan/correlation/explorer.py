@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from traitlets import observe
 
-from .desk import SUFFIX, UNTRAINED, Desk, model_names, open_model
+from .desk import SUFFIX, Desk, model_names, open_model
 from .scenes import benchmarks, decode
 from .views import LATER, VIEW, Shared, View, figure_of
 

@@ -365,7 +365,7 @@ def figure_set(
         at = f'pixel ({point[0]:g}, {point[1]:g})'
         yield f'{i}', f'where {at} looks', branches(features, point, shown, width=width)
         yield f'{i}-patches', f'the patches that {at} engages most', engaged_patches(features, point, width=width)
-        if 'cross-scale' in kinds:
+        if 'cross-scale' in kinds and kinds & {'in-scale', 'region'}:
             fig = compare_scales([features], [point], width=width)
             yield f'{i}-scales', f'in-scale and cross-scale attention of {at}', fig
         if 'pyramid' in kinds:

@@ -22,7 +22,6 @@ from .recording import as_picture, key_grid
 from .strips import Strips, factors, largest
 from ..images import to_tensor
 from ..inference import evaluating
-from ..models.csnln import Projection
 from ..models.layers import PatchAttention
 
 # %% ../../nbs/correlation/05_interventions.ipynb #637ce9b2
@@ -414,10 +413,10 @@ def block_around(
     model,      # any network of this package
     name:str,   # of an attention layer
 )->str:         # name of the module
-    "The smallest module with a way past the attention: its owner, or CSNLN's projection"
+    "The smallest module with a way past the attention: its owner, or what says so of itself (`way_past`)"
     owner = name.rpartition('.')[0]
     above = owner.rpartition('.')[0]
-    return above if isinstance(dict(model.named_modules()).get(above), Projection) else owner
+    return above if getattr(dict(model.named_modules()).get(above), 'way_past', False) else owner
 
 # %% ../../nbs/correlation/05_interventions.ipynb #aa4b38d6
 @torch.no_grad()

@@ -23,8 +23,6 @@ from ..images import imread, to_image, to_tensor, with_channels
 from ..inference import TO_YCC, evaluating
 from ..models.layers import PatchAttention
 from .maps import CorrelationMap, Grid, Match, numbers
-from ..models.msnlan import MSNLAB, Branch
-from ..models.panet import PyramidAttention
 from ..models.zoo import SYSTEMS
 
 # %% ../../nbs/correlation/02_recording.ipynb #c81244f8
@@ -35,14 +33,10 @@ def key_grid(
     owner=None,     # the module that owns the attention layer
 )->Grid:
     "Where the keys of a level lie in the picture"
-    places = []
-    starts, steps = (query.top, query.left), (query.row_step, query.column_step)
-    for n, m, start, step in zip(query.shape, shape, starts, steps):
-        if isinstance(owner, Branch): places.append((start - (m - n)/2*step, step))
-        elif isinstance(owner, PyramidAttention) and not owner.legacy_resize:
-            places.append((start, step/(1 - level*owner.step/10)))
-        else: places.append((start, step*n/m))
-    (top, row_step), (left, column_step) = places
+    alike = lambda start, step, queries, keys, level: (start, step*queries/keys)   # keys fill the queries' map
+    place = getattr(owner, 'keys_at', alike)
+    top, row_step = place(query.top, query.row_step, query.rows, shape[0], level)
+    left, column_step = place(query.left, query.column_step, query.columns, shape[1], level)
     return Grid(*shape, top, left, row_step, column_step)
 
 # %% ../../nbs/correlation/02_recording.ipynb #7af27ff9
@@ -279,10 +273,9 @@ class _Recorder:
         attentions = {n: m for n, m in self.modules.items() if isinstance(m, PatchAttention)}
         self.layers = {n: m for n, m in attentions.items() if layers is None or n in layers}
         self.taps, self.owners, self.first = [], [], None
-        blocks = [n for n, m in self.modules.items() if isinstance(m, MSNLAB)]
-        known = type(model) in SYSTEMS.values()
-        self.single = known and len(blocks) == 1 and all(n.startswith(blocks[0] + '.') for n in attentions)
-        self.due = dict.fromkeys(self.layers, model.config.get('depth', 1)) if known else None
+        known = type(model) in SYSTEMS.values()            # a subclass may compute in another order
+        self.single = known and model.side_by_side
+        self.due = dict.fromkeys(self.layers, model.rounds) if known and model.rounds else None
         self.pairs = [(m, self.see) for m in model.children()]
         for name in {n.rpartition('.')[0] for n in self.layers}:
             self.pairs.append((self.modules[name], lambda m, args, n=name: self.begin(n, args)))

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .layers import (Embedding, Filler, MeanShift, Network, PatchAttention, ResidualBlock, conv,
+from .layers import (DIV2K_MEAN, Embedding, Filler, MeanShift, Network, PatchAttention, ResidualBlock, conv,
                            n_parameters, one_of, positive, whole)
+from .names import AUTHORS, count, shift_range
 
 # %% ../../nbs/models/02_csnln.ipynb #29969b00
 STRIDES = {2: (6, 2, 2), 3: (9, 3, 3), 4: (8, 4, 2)}  # factor -> kernel, stride, padding
@@ -89,6 +90,8 @@ class CrossScaleAttention(nn.Module):
 # %% ../../nbs/models/02_csnln.ipynb #1a96a1cc
 class Projection(nn.Module):
     "Mutual-projected fusion of in-scale and cross-scale attention; (N, C, H, W) to (N, C, f*H, f*W)"
+    way_past = True   # what one attention adds is seen here, beside the other
+
     def __init__(self,
         n_feats:int,            # channels C
         factor:int,             # f: 2, 3 or 4
@@ -189,6 +192,13 @@ class CSNLN(Network):
     "Cross-scale non-local network; defaults are the authors' configuration"
     system = 'csnln'
     switches = 'branches', 'patch', 'softmax_scale', 'normalize_keys'
+    variants = {'csnln-tiny': dict(n_feats=32, depth=2)}
+    preview, toy = dict(scale=2, n_feats=16, depth=2), dict(n_feats=4, depth=1)
+    per_pixel = 3                        # enlarged maps of all rounds are kept
+    marks = (r'SEM\.',)
+
+    @staticmethod
+    def tile_area(scale:int, task:str='sr')->int: return 3600
 
     def __init__(self,
         scale:int=4,            # 2, 3 or 4
@@ -216,15 +226,41 @@ class CSNLN(Network):
         self.entry, self.exit = [MeanShift(sign, rgb_range, n_colors=n_colors) for sign in (-1, 1)]
         self.head = nn.Sequential(Embedding(n_colors, n_feats, 3), Embedding(n_feats, n_feats, 3))
         self.cell = Cell(n_feats, scale, x4_stages, branches=branches, regions=regions, fusion=fusion, **matching)
-        self.tail = conv(depth*n_feats, n_colors)
+        self.tail, self.rounds = conv(depth*n_feats, n_colors), depth
 
     def features(self, x:Tensor)->Tensor:
         H, W = x.shape[2:]
         step = self.cell.factor                                            # a stage reduces the map by it
         x = F.pad(x, (0, -W%step, 0, -H%step), mode='replicate')
         x, seen = self.head(self.entry(x)), []
-        for _ in range(self.config['depth']):  # type: ignore[arg-type]
+        for _ in range(self.rounds):
             x, h = self.cell(x)                                            # h: (N, C, s*H, s*W)
             seen.append(h)
         y = self.exit(self.tail(torch.cat(seen, 1)))
         return y[..., :self.scale*H, :self.scale*W]
+
+    @staticmethod
+    def infer(state:dict)->dict:
+        "Configuration of an authors' checkpoint"
+        n_feats, n_colors = state['head.0.0.weight'].shape[:2]
+        three = state['SEM.multi_source_projection.upsample.0.weight'].shape[-1] == 9
+        return dict(scale=4 if count(state, r'SEM\.(multi_source_projection_2)') else 3 if three else 2,
+            n_feats=n_feats, depth=state['tail.0.weight'].shape[1]//n_feats,
+            rgb_range=shift_range(state, DIV2K_MEAN), n_colors=n_colors)
+
+# %% ../../nbs/models/02_csnln.ipynb #553f2327
+AUTHORS.update({
+    CSNLN: lambda m: {'entry': 'sub_mean', 'exit': 'add_mean', 'head.0': 'head.0', 'head.1': 'head.1',
+        'cell': 'SEM', 'tail': 'tail.0'},
+    Cell: lambda m: {'stages.0.project': 'multi_source_projection', 'stages.0.down': 'down_sample_1',
+        'stages.0.up': 'error_encode', 'down': f'down_sample_{2*len(m.stages)}', 'post': 'post_conv',
+        **({'stages.1.project': 'multi_source_projection_2', 'stages.1.down': 'down_sample_3',
+            'stages.1.up': 'error_encode_2'} if len(m.stages) > 1 else {})},
+    Projection: lambda m: {'cross': 'up_attention', 'within': 'down_attention', 'enlarge': 'upsample',
+        **({'fuse': 'encoder'} if m.paper else
+           {'fuse.conv1': 'encoder.body.0', 'act': 'encoder.body.1', 'fuse.conv2': 'encoder.body.2'})},
+    CrossScaleAttention: lambda m: {'query': 'conv_match_1', 'key': 'conv_match_2', 'value': 'conv_assembly',
+        'attention': ''},
+    InScaleAttention: lambda m: {'query': 'conv_match1', 'key': 'conv_match2', 'value': 'conv_assembly'},
+    Down: AUTHORS[Embedding], Up: AUTHORS[Embedding],
+})

@@ -9,8 +9,9 @@ __all__ = ['WEIGHTINGS', 'HSPA', 'HSPAModule', 'HSPAN']
 import torch
 from torch import nn, Tensor
 
-from .layers import (Embedding, MeanShift, Network, PatchAttention, ResidualBlock, Upsampler, conv,
-                           one_of, positive, random_keys, top_attention, whole)
+from .layers import (DIV2K_MEAN, Embedding, MeanShift, Network, PatchAttention, ResidualBlock, Upsampler, align_up,
+                           conv, one_of, positive, random_keys, top_attention, whole)
+from .names import AUTHORS, count, numbered, shift_range, upsampler_scale
 
 # %% ../../nbs/models/04_hspan.ipynb #9d229edf
 WEIGHTINGS = {  # name -> what it is
@@ -67,6 +68,16 @@ class HSPAModule(nn.Module):
 class HSPAN(Network):
     "High-similarity-pass attention network; defaults are the authors' published configuration"
     system, scales = 'hspan', (2, 3, 4, 8)
+    variants = {'hspan-tiny': dict(n_feats=32, n_resgroups=2, n_resblocks=3)}
+    preview = dict(scale=2, n_feats=16, n_resgroups=2, n_resblocks=1)
+    toy = dict(n_feats=4, n_resgroups=1, n_resblocks=1)
+    rounds, marks = 1, (r'body\.\d+\.body\.\d+\.conv_match1\.',)
+
+    @staticmethod
+    def tile_area(scale:int, task:str='sr')->int: return 120000
+
+    @staticmethod
+    def tile_more(height:int, width:int, scale:int)->tuple: return align_up(height, 4), align_up(width, 8)
 
     def __init__(self,
         scale:int=4,              # 2, 3, 4 or 8
@@ -102,3 +113,23 @@ class HSPAN(Network):
     def features(self, x:Tensor)->Tensor:
         x = self.head(self.entry(x))
         return self.exit(self.tail(self.upsampler(self.last(self.groups(x)) + x)))
+
+    @staticmethod
+    def infer(state:dict)->dict:
+        "Configuration of an authors' checkpoint"
+        n_feats, n_colors = state['head.0.weight'].shape[:2]
+        match = next(v for k,v in state.items() if k.endswith('conv_match1.0.weight'))
+        return dict(scale=upsampler_scale(state), n_feats=n_feats,
+            n_resgroups=count(state, r'body\.(\d+)\.body\.0\.body'),
+            n_resblocks=count(state, r'body\.0\.body\.(\d+)\.body\.0'), reduction=n_feats//match.shape[0],
+            rgb_range=shift_range(state, DIV2K_MEAN), n_colors=n_colors)
+
+# %% ../../nbs/models/04_hspan.ipynb #d7f8128b
+AUTHORS.update({
+    HSPAN: lambda m: {'a': 'a', 'entry': 'sub_mean', 'exit': 'add_mean', 'head': 'head.0',
+        **numbered('groups', lambda i: f'body.{i}', m.groups), 'last': f'body.{len(m.groups)}',
+        'upsampler': 'tail.0', 'tail': 'tail.1'},
+    HSPAModule: lambda m: {**numbered('blocks', lambda i: f'body.{i}', m.blocks),
+        'attend': f'body.{len(m.blocks)}', 'conv': f'body.{len(m.blocks)+1}'},
+    HSPA: lambda m: {'query': 'conv_match1', 'key': 'conv_match2', 'value': 'conv_assembly'},
+})

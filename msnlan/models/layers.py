@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIV2K_MEAN', 'MSNLAN_MEAN', 'one_of', 'whole', 'positive', 'conv', 'Embedding', 'MeanShift', 'Upsampler', 'safe_sqrt',
            'ChannelAttention', 'ResidualBlock', 'random_keys', 'top_attention', 'Filler', 'n_parameters',
-           'PatchAttention', 'Network']
+           'PatchAttention', 'align_up', 'System', 'Network']
 
 # %% ../../nbs/models/00_layers.ipynb #1a51cf40
 import inspect, math
@@ -228,14 +228,46 @@ class PatchAttention(nn.Module):
         return (f'patch={self.patch}, softmax_scale={self.softmax_scale}, divisor={self.divisor}, '
                 f'normalize_keys={self.normalize_keys}, weighting={self.weighting!r}')
 
-# %% ../../nbs/models/00_layers.ipynb #a838016a
-class Network(nn.Module, PyTorchModelHubMixin, library_name='msnlan', license='apache-2.0',
-              tags=['super-resolution', 'image-to-image']):
-    "Base of the five systems: `settings` become `.config` and attributes; `features` is the network itself"
-    system = ''
-    scales, tasks = (2, 3, 4), ('sr',)
-    switches = ()    # keywords of ablations, left out of `config` at their default
+# %% ../../nbs/models/00_layers.ipynb #717b8056
+def align_up(side:int, step:int)->int:   # 1 ... step pixels to add
+    "What MSNLAN, CSNLN and HSPAN add to a tile's side: to the next multiple, a full step if it is one"
+    return step - side%step
 
+# %% ../../nbs/models/00_layers.ipynb #7e886c83
+class System:
+    "The facts of a system that other rooms read; base of `Network`"
+    system = ''                         # its name in the zoo; empty: not in it
+    scales:tuple = (2, 3, 4)            # of super-resolution
+    tasks:tuple = ('sr',)               # of 'sr', 'denoise', 'demosaic', 'dejpeg'
+    switches:tuple = ()                 # keywords of ablations, left out of `config` at their default
+    variants:dict = {}                  # more names in the zoo -> their keywords
+    preview:dict = {}                   # keywords of the untrained network in the explorer; empty: none there
+    toy:dict = {}                       # keywords of the smallest one with all its parts, for checks of a second
+    recipe = ''                         # of its training, where that has another name than the system
+    per_pixel = 1                       # memory of an input pixel, beside that of a plain residual network
+    rounds:int|None = None              # passes over the whole map of every attention layer; none: not known
+    side_by_side = False                # no attention layer sees what another one made
+    marks:tuple = ()                    # patterns that only its authors' checkpoints begin a name with
+
+    @staticmethod
+    def tile_area(scale:int, task:str='sr')->int:
+        "Input pixels that a tile of the authors' program stays below; by default MSNLAN's"
+        return 3600 if scale == 4 else 4000
+
+    @staticmethod
+    def tile_more(height:int, width:int, scale:int)->tuple:   # (rows, columns)
+        "What the authors' program adds to a tile"
+        return align_up(height, scale), align_up(width, scale)
+
+    @staticmethod
+    def infer(state:dict)->dict:
+        "Configuration from the names and shapes of an authors' checkpoint"
+        raise ValueError('no checkpoint of other people is known for this system')
+
+# %% ../../nbs/models/00_layers.ipynb #a838016a
+class Network(System, nn.Module, PyTorchModelHubMixin, library_name='msnlan', license='apache-2.0',
+              tags=['super-resolution', 'image-to-image']):
+    "Base of all systems: `settings` become `.config` and attributes; `features` is the network itself"
     def __init__(self, settings:dict): # all keywords of the system's class
         super().__init__()
         default = lambda k: inspect.signature(type(self).__init__).parameters[k].default

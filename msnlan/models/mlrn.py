@@ -156,6 +156,8 @@ class MLRN(Network):
     "AMMS / MLRN; defaults are our reading of the paper"
     system, scales = 'mlrn', (2, 3, 4, 8)
     switches = ('parts',)
+    variants = {'mlrn-tiny': dict(n_feats=40, n_modules=3)}
+    preview, toy, rounds = dict(scale=2, n_feats=16), dict(n_feats=16, n_modules=1, region=6), 1
 
     def __init__(self,
         scale:int=4,             # 2, 3, 4 or 8

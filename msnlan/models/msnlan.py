@@ -12,6 +12,7 @@ from torch import nn, Tensor
 
 from .layers import (ChannelAttention, Embedding, MeanShift, MSNLAN_MEAN, Network, PatchAttention,
                            ResidualBlock, Upsampler, conv, n_parameters, one_of, positive, whole)
+from .names import AUTHORS, count, numbered, shift_range, upsampler_scale
 
 # %% ../../nbs/models/01_msnlan.ipynb #60e9f2ce
 class RMAB(nn.Module):
@@ -82,6 +83,11 @@ class Branch(nn.Module):
 
     def forward(self, x:Tensor)->Tensor: return x + self.res_scale*self.attend(x, self.key_map(x))
 
+    @staticmethod
+    def keys_at(start:float, step:float, queries:int, keys:int, level:int)->tuple:   # start, length of a key
+        "Where keys lie along an axis on which queries lie from `start` in steps: the key map is wider on both sides"
+        return start - (keys - queries)/2*step, step
+
 # %% ../../nbs/models/01_msnlan.ipynb #5332d2e0
 class MSNLAB(nn.Module):
     "Multi-scale non-local attention block; (N, C, H, W) to the same"
@@ -106,6 +112,11 @@ class MSNLAN(Network):
     "Multi-scale non-local attention network; defaults are the authors' configuration"
     system, scales = 'msnlan', (2, 3, 4, 8)
     switches = 'dense', 'position', 'unit'
+    variants = {'msnlan-tiny': dict(n_feats=24, n_resgroups=4, n_resblocks=2, rgb_range=255)}
+    preview = dict(scale=2, n_feats=32, n_resgroups=2, n_resblocks=2)
+    toy = dict(n_feats=16, n_resgroups=2, n_resblocks=1)
+    rounds, side_by_side = 1, True       # the branches see one map
+    marks = r'body\.\d+\.body\.\d+\.branch1\.0\.', r'body\.\d+\.atten1\.'
 
     def __init__(self,
         scale:int=4,             # 2, 3, 4 or 8
@@ -169,3 +180,29 @@ class MSNLAN(Network):
         u = at('middle', self.first_half(at('start', f)))              # (N, C, H, W)
         q = self.last(at('end', self.second_half(u)))                  # (N, C, H, W)
         return self.exit(self.tail(self.upsampler(f + q)))             # (N, n_colors, s*H, s*W)
+
+    @staticmethod
+    def infer(state:dict)->dict:
+        "Configuration of an authors' checkpoint"
+        return dict(scale=upsampler_scale(state), n_feats=state['head.0.weight'].shape[0],
+            n_resgroups=2*(state['fusion.weight'].shape[1]//state['fusion.weight'].shape[0]),
+            n_resblocks=count(state, r'body\.0\.body\.(\d+)\.branch1'), rgb_range=shift_range(state, MSNLAN_MEAN),
+            n_colors=state['head.0.weight'].shape[1])
+
+# %% ../../nbs/models/01_msnlan.ipynb #04f2c7ad
+AUTHORS.update({
+    MSNLAN: lambda m: {'entry': 'sub_mean', 'exit': 'add_mean', 'head': 'head.0', 'gather': 'fusion',
+        **numbered('before', lambda i: f'body.{i}', m.before),
+        'block': f'body.{len(m.before)}',
+        **numbered('after', lambda i: f'body.{len(m.before)+1+i}', m.after),
+        'last': f'body.{2*len(m.before)+1}', **numbered('mixes', lambda i: f'fusion_list.{i}', m.mixes),
+        'upsampler': 'tail.0', 'tail': 'tail.1'},
+    ResidualGroup: lambda m: {**numbered('blocks', lambda i: f'body.{i}', m.blocks),
+        'conv': f'body.{len(m.blocks)}'},
+    RMAB: lambda m: {**numbered('convs', lambda i: f'branch{i+1}.0', m.convs), 'fuse': 'fusion',
+        'gate.squeeze': 'CCA.conv_du.0', 'gate.excite': 'CCA.conv_du.2'},
+    MSNLAB: lambda m: {**numbered('branches', lambda i: f'atten{i+1}', m.branches), 'fuse': 'fusion',
+        'gate.squeeze': 'CA.conv_du.0', 'gate.excite': 'CA.conv_du.2'},
+    Branch: lambda m: {'key_map': 'down_sample', 'query': 'stoL.conv_match_1', 'key': 'stoL.conv_match_2',
+        'value': 'stoL.conv_assembly', 'attention': 'stoL'},
+})

@@ -93,7 +93,7 @@ class Slot(nn.Module):
 # %% ../../nbs/models/09_slot.ipynb #d0b936f7
 class SlotNet(Network):
     "One small backbone, any attention in it: for comparing attentions alone"
-    system, scales = 'slot', (2, 3, 4)
+    system, scales, rounds = 'slot', (2, 3, 4), 1
 
     def __init__(self,
         scale:int=2,             # 2, 3 or 4
