@@ -83,6 +83,19 @@ def test_every_experiment_has_annotated_parameters():
             assert line.startswith(' ') or not line.strip() or ('#' in line and ':' in line.split('=')[0]), f'{path.name}: not annotated: {line}'
 
 
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs/experiments').glob('*.ipynb')), ids=lambda p: p.name)
+def test_experiments_hold_no_untested_logic(path):
+    "What can be wrong by itself is a function of a module, with its check below it; here it is called. No line over 110"
+    for i, c in enumerate(nbformat.read(path, as_version=4).cells):
+        long = [l for l in c.source.splitlines() if len(l) > 110]
+        assert long == [], f'cell {i}: {long}'
+        if c.cell_type != 'code': continue
+        tree = ast.parse('\n'.join(l for l in c.source.splitlines() if not l.startswith(('%', '!'))))
+        defined = [n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+        assert defined == [], f'cell {i} defines {defined}: into a module, with a test'
+        assert not any(isinstance(n, ast.While) for n in ast.walk(tree)), f'cell {i} has a loop without end'
+
+
 def test_no_large_files_and_no_local_paths():
     files = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True)
     if files.returncode: pytest.skip('not a git checkout')

@@ -4,14 +4,19 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'patches_of', 'repetition', 'window', 'likeness', 'choice', 'nearest_in_pixels', 'at_distance', 'anywhere',
-           'match_likeness', 'rank_correlation', 'losses']
+           'match_likeness', 'rank_correlation', 'losses', 'scored_with', 'by_choice', 'by_temperature']
 
 # %% ../../nbs/correlation/08_repetition.ipynb #fb612f6a
+from contextlib import nullcontext
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from skimage.transform import resize
 
-from ..evaluation.scores import bootstrap
+from .interventions import intervened
+from ..degradations import lr_cache
+from ..evaluation.scores import bootstrap, evaluate
 
 # %% ../../nbs/correlation/08_repetition.ipynb #66610f47
 def patches_of(
@@ -187,4 +192,54 @@ def losses(
                 row |= dict(zip(('loss', 'low', 'high'), bootstrap(loss))) | dict(worse=float((loss > 0).mean()))
                 if len(loss) > 2: row |= dict(zip(('rank', 'rank_low', 'rank_high'), rank_correlation(loss, repeats)))
             rows.append(row)
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/correlation/08_repetition.ipynb #1ad27cd7
+def scored_with(
+    net,
+    dataset:str,
+    scale:int,
+    label:str,          # in the table
+    log:Path,           # of `evaluate`: an interrupted run goes on
+    layer=None,         # as for `intervened`; none: all attention layers
+    tile=None,          # as for `evaluate`
+    **change,           # as for `intervened`; nothing: the network as it is
+)->pd.DataFrame:        # a row per picture
+    "Score a network with other weights"
+    with intervened(net, layer, **change) if change else nullcontext():
+        return evaluate(net, dataset, scale=scale, tile=tile, label=label, cache=lr_cache(), log=log)
+
+# %% ../../nbs/correlation/08_repetition.ipynb #5026605e
+def by_choice(
+    per_picture:pd.DataFrame,   # network, dataset, layer, call, kind, patch, picture, choice, likeness, distance
+)->pd.DataFrame:                # a row a branch: mean likeness of each choice, `minus NAME` the interval
+    "How alike matches are in the truth, over pictures; differences are those from the attention's choice"
+    keys, rows = ['network', 'dataset', 'layer', 'call', 'kind', 'patch'], []
+    for key, part in per_picture.groupby(keys, sort=False):
+        wide = part.pivot(index='picture', columns='choice', values='likeness').reindex(columns=CHOICES)
+        distance = part[part.choice == 'attention'].distance.median()
+        row = dict(zip(keys, key)) | dict(pictures=len(wide), distance=distance)
+        for name in CHOICES:
+            row[name] = wide[name].mean()
+            if name == 'attention': continue
+            both = (wide.attention - wide[name]).dropna()
+            row[f'minus {name}'] = bootstrap(both)[1:] if len(both) > 1 else (np.nan, np.nan)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/correlation/08_repetition.ipynb #e08a4262
+def by_temperature(
+    scores:pd.DataFrame,    # a row per picture: layer, temperature, picture, psnr
+    keys:pd.DataFrame,      # likewise: layer, patch, temperature, effective, largest, own (medians over queries)
+)->pd.DataFrame:            # layer, patch, temperature, effective, largest, own, psnr; gain, low, high (dB) over 1
+    "What a layer's temperature does to the keys that are left and to the picture; temperature 1 is the trained one"
+    rows = []
+    for (layer, patch), part in keys.groupby(['layer', 'patch'], sort=False):
+        wide = scores[scores.layer == layer].pivot(index='picture', columns='temperature', values='psnr')
+        for T in dict.fromkeys(part.temperature):
+            here, gain = part[part.temperature == T], wide[T] - wide[1]
+            _, low, high = (0, np.nan, np.nan) if T == 1 else bootstrap(gain)
+            rows.append(dict(layer=layer.removesuffix('.attention'), patch=patch, temperature=T,
+                             effective=here.effective.median(), largest=here.largest.median(), own=here.own.median(),
+                             psnr=wide[T].mean(), gain=gain.mean(), low=low, high=high))
     return pd.DataFrame(rows)
