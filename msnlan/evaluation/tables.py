@@ -162,7 +162,8 @@ def latex_text(text:str)->str:
 def latex_table(table:pd.DataFrame, name:str, caption:str='', marks:list|None=None, groups:list|None=None)->str:
     "A table for a LaTeX document with booktabs"
     t = dressed(table, latex_text, LATEX_MARKS, marks, groups)
-    words = [pd.to_numeric(table[c].astype(str).str.split(' / ').str[0], errors='coerce').isna().all() for c in table]
+    firsts = {c: pd.Series([str(v).split(' / ')[0] for v in table[c]], dtype=str) for c in table}
+    words = [pd.to_numeric(f, errors='coerce').isna().all() for f in firsts.values()]
     return t.style.hide(axis='index').to_latex(hrules=True, caption=latex_text(caption) or None, label=f'tab:{name}',
         column_format=''.join('l' if w else 'r' for w in words), multicol_align='c', convert_css=False)
 
