@@ -8,6 +8,7 @@ __all__ = ['FORWARD', 'count_attention', 'multiply_adds', 'one_forward']
 # %% ../../nbs/benchmarks/04_systems.ipynb #538b21e0
 import json, subprocess, sys
 from collections import Counter
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,7 +39,7 @@ def multiply_adds(
     with torch.device('meta'), torch.no_grad():
         net = create_model(name, **config)
         for m in net.modules():
-            if isinstance(m, PatchAttention): m.forward = lambda q, k, v, m=m: count_attention(m, q, k, v, cost)
+            if isinstance(m, PatchAttention): setattr(m, 'forward', partial(count_attention, m, cost=cost))
         with FlopCounterMode(display=False) as counter:
             for size, times in Counter(sizes).items():
                 for _ in range(times): net(torch.empty(1, net.n_colors, *size))
