@@ -114,9 +114,10 @@ def evaluate(parameter:Parameters=None, data_root:DataRoot=None, out:Out=None, l
 
     Example: msnlan evaluate -p 'models=["bicubic", "msnlan-tiny"]' -p 'datasets=["Set5"]' --data-root DATA
     """
+    from msnlan.metrics import present, said
     for m in run_command('evaluate', parameter, data_root, out, listed)['means']:
-        typer.echo(f"{m['model']:24} {m['dataset']:14} {m['setting']:8} {m['protocol']:8} {m['psnr']:.3f} dB  "
-                   f"{m['ssim']:.4f}  ({m['pictures']} pictures)")
+        typer.echo(f"{m['model']:24} {m['dataset']:14} {m['setting']:8} {m['protocol']:8} "
+                   f"{said({n: m[n] for n in present(m)})}  ({m['pictures']} pictures)")
 
 # %% ../nbs/05_cli.ipynb #1d8e3cf1
 @app.command()
@@ -311,11 +312,12 @@ def score(
     """
     from msnlan.basics import write_bytes
     from msnlan.evaluation.scores import score_folder
+    from msnlan.metrics import present, said
     use_data_root(data_root)
     t = score_folder(folder, dataset, scale, protocol=protocol)
     if out: write_bytes(out, t.to_csv(index=False, lineterminator='\n').encode())
-    for row in t.itertuples(): typer.echo(f'{row.picture:24} {row.psnr:.3f} dB  {row.ssim:.4f}')
-    typer.echo(f"{f'mean of {len(t)}':24} {t.psnr.mean():.3f} dB  {t.ssim.mean():.4f}")
+    for row in t.to_dict('records'): typer.echo(f"{row['picture']:24} {said(row)}")
+    typer.echo(f"{f'mean of {len(t)}':24} {said({n: t[n].mean() for n in present(t)})}")
 
 # %% ../nbs/05_cli.ipynb #db1b152b
 SelfEnsemble = Annotated[bool, typer.Option(help='Mean over the eight flips and transposes: slower, a little better')]

@@ -89,11 +89,11 @@ def jpeg(
     return np.array(Image.open(file)), luma
 
 # %% ../nbs/02_degradations.ipynb #c8ee036a
-TASKS = {  # protocol of the score, and what a setting is called
-    'sr':       dict(protocol='cnn', setting='x{}'),
-    'denoise':  dict(protocol='rgb', setting='sigma{}'),
-    'demosaic': dict(protocol='rgb', setting='bayer'),
-    'dejpeg':   dict(protocol='jpeg', setting='q{}'),
+TASKS = {  # protocol of the score, what a setting is called, the title of its tables; names in the papers' tables
+    'sr':       dict(protocol='cnn', setting='x{}', title='Super-resolution', printed='sr'),
+    'denoise':  dict(protocol='rgb', setting='sigma{}', title='Denoising', printed='denoise_rgb'),
+    'demosaic': dict(protocol='rgb', setting='bayer', title='Demosaicing', printed='demosaic', given='Mosaiced'),
+    'dejpeg':   dict(protocol='jpeg', setting='q{}', title='JPEG artifacts', printed='jpeg_car', given='JPEG'),
 }
 
 # %% ../nbs/02_degradations.ipynb #89189821

@@ -4,7 +4,9 @@ import numpy as np, pandas as pd, pytest, torch
 from torch import nn
 from msnlan.data.patches import Picture, load_dataset
 from msnlan.degradations import cached_bicubic, noise, seed_of
-from msnlan.evaluation.scores import as_model, bootstrap, compare, evaluate, perceptual_distance, score_folder, summarise
+from msnlan.evaluation.scores import as_model, bootstrap, compare, evaluate, score_folder, summarise
+from msnlan.evaluation.tables import means, score_table
+from msnlan.metrics import perceptual_distance
 from msnlan.images import imwrite
 from msnlan.models.zoo import create_model
 
@@ -160,11 +162,14 @@ def test_low_resolution_from_the_cache(tmp_path, data_root):
 
 def test_more_columns(monkeypatch):
     "Distances beside the scores, here a stand-in that needs no features"
-    monkeypatch.setattr('msnlan.evaluation.scores.perceptual_distance', lambda sr, hr, metric: float(np.abs(sr*1. - hr).mean()))
+    monkeypatch.setattr('msnlan.metrics.perceptual_distance', lambda sr, hr, metric: float(np.abs(sr*1. - hr).mean()))
     t = evaluate('bicubic', PICS, scale=2, perceptual=['lpips'], progress=False)
     s = summarise(t).iloc[0]
     assert (t.lpips > 0).all() and s.lpips == pytest.approx(t.lpips.mean()) and s.lpips_low <= s.lpips <= s.lpips_high
     assert compare(t, t).lpips[0] == 0 and 'dists' not in t
+    both = pd.concat([t, evaluate('bicubic', PICS, scale=2, label='without', progress=False)])
+    one, other = score_table(means(both)).iloc[:, 1]
+    assert one == f'{t.psnr.mean():.2f} / {t.ssim.mean():.4f} / {t.lpips.mean():.4f}' and other == one.rpartition(' / ')[0]
 
 
 def test_what_is_no_picture_names_the_picture():

@@ -40,7 +40,7 @@ def test_against_scikit_image():
 
 
 def test_protocols_differ_and_are_named():
-    got = {p: score(SR, HR, 2 if PROTOCOLS[p]['border'] else 1, p) for p in PROTOCOLS}
+    got = {p: score(SR, HR, 2 if PROTOCOLS[p].border else 1, p) for p in PROTOCOLS}
     assert len({round(v['psnr'], 6) for v in got.values()}) == 4
     with pytest.raises(ValueError, match='cnn, bicubic'): score(SR, HR, 2, 'matlab')
 

@@ -11,7 +11,9 @@ import re
 import pandas as pd
 from ..basics import project_folder
 from ..data.registry import set_info
-from .published import TASK_NAMES, join_published
+from ..degradations import TASKS
+from .published import join_published
+from ..metrics import METRICS, cell, present
 
 # %% ../../nbs/evaluation/03_papers.ipynb #aadf6faf
 COST = ['parameters', 'patches', 'hours', 'inference']   # what a row of ours had cost
@@ -32,7 +34,7 @@ def printed_rows(
     rivals:list|None=None,    # methods, in the order to print; none: all that have a number
 )->pd.DataFrame:              # method, row, dataset, setting, psnr, ssim, parameters, source
     "What papers printed for a task, an unreadable number left out; `ValueError` for a rival that nobody printed"
-    p = published[(published.task == TASK_NAMES[task]) & published.psnr.notna()]
+    p = published[(published.task == TASKS[task]['printed']) & published.psnr.notna()]
     names = dict.fromkeys(p.method.str.casefold())
     if missing := [r for r in rivals or () if r.casefold() not in names]:
         raise ValueError(f'no printed number for {", ".join(missing)}; '
@@ -81,14 +83,15 @@ def cost_text(name:str, value)->str:
 
 def places(
     values:pd.Series,     # scores of a column, in the table's digits; missing ones are not ranked
+    larger:bool=True,     # is better
 )->list:                  # 0 best, 1 second (ties share), none for the rest
     "Best and second of a column"
-    top = sorted(values.dropna().unique(), reverse=True)[:2]
+    top = sorted(values.dropna().unique(), reverse=larger)[:2]
     return [top.index(v) if v in top else None for v in values]
 
 def lay_out(
     rows:pd.DataFrame,   # of `printed_rows`, `measured_rows`, `difference_rows`, concatenated in the order to print
-    digits:int=2,        # of PSNR; SSIM has four
+    digits:int=2,        # of what is in dB
 )->dict:                 # 'table' (text), 'marks', 'groups', as `tables.write_table` takes them
     "Methods down, settings and sets across; `ValueError` where one row would have two numbers in a cell"
     rows = rows.reindex(columns=[*rows.columns, *[c for c in (*COST, 'whole', 'source') if c not in rows]])
@@ -98,28 +101,29 @@ def lay_out(
     columns = sorted(columns, key=lambda c: list(dict.fromkeys(here.setting)).index(c[0]))
     rows = rows[[c in columns for c in zip(rows.setting, rows.dataset)]]
     lines = list(dict.fromkeys(zip(rows.method, rows.row, rows.source)))
-    wide = {s: pd.DataFrame(index=range(len(lines)), columns=columns, dtype=float) for s in ('psnr', 'ssim')}
+    names = present(rows)
+    wide = {s: pd.DataFrame(index=range(len(lines)), columns=columns, dtype=float) for s in names}
     ranked = {s: w.copy() for s, w in wide.items()}
     costs = [{k: {} for k in COST} for _ in lines]        # texts, one a setting where they differ
     for q in rows.to_dict('records'):
         i, c = lines.index((q['method'], q['row'], q['source'])), (q['setting'], q['dataset'])
         if pd.notna(wide['psnr'].at[i, c]):
             raise ValueError(f"{q['method']} ({q['row']}) has two numbers for {c[1]} {c[0]}; expected one")
-        for s, k in (('psnr', digits), ('ssim', 4)):
+        for s in names:
             wide[s].at[i, c] = q[s]
+            k = digits if METRICS[s].unit == 'dB' else METRICS[s].digits
             if q['row'] != 'difference' and q['whole'] is not False: ranked[s].at[i, c] = round(q[s], k)
         for k in COST: costs[i][k].setdefault(cost_text(k, q[k]))
     sign = ['+' if r == 'difference' else '' for _, r, _ in lines]
-    cells = {c: [' / '.join(t for t in (number(p, digits, z), number(q, 4, z)) if t)
-                 for p, q, z in zip(wide['psnr'][c], wide['ssim'][c], sign)] for c in columns}
-    rank = {s: {c: places(w[c]) for c in columns} for s, w in ranked.items()}
+    cells = {c: [cell({s: wide[s].at[i, c] for s in names}, digits, sign[i]) for i in range(len(lines))] for c in columns}
+    rank = {s: {c: places(w[c], METRICS[s].larger) for c in columns} for s, w in ranked.items()}
     table = pd.DataFrame([dict(method=m, numbers=r, **{k: ', '.join(filter(None, v)) for k, v in cost.items()})
                           for (m, r, _), cost in zip(lines, costs)])
     table = table.drop(columns=[k for k in COST if table[k].eq('').all()])
     for c in columns: table[f'{c[1]} {c[0]}'] = cells[c]
     table['source'] = [s for _, _, s in lines]
     first, n = table.shape[1] - len(columns) - 1, len(lines)
-    marks = [[*[()]*first, *[(rank['psnr'][c][i], rank['ssim'][c][i]) for c in columns], ()] for i in range(n)]
+    marks = [[*[()]*first, *[tuple(rank[s][c][i] for s in names) for c in columns], ()] for i in range(n)]
     return dict(table=table, marks=marks, groups=[*['']*first, *[c[0] for c in columns], ''])
 
 # %% ../../nbs/evaluation/03_papers.ipynb #39affb7c

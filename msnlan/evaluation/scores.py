@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ', 'SETTING', 'SCORES', 'bicubic_result', 'SpandrelModel', 'as_model', 'fingerprint', 'made_by', 'run_model',
            'Meter', 'evaluate', 'label_of', 'bootstrap', 'one_thing_a_label', 'summarise', 'compare', 'match_results',
-           'score_folder', 'perceptual_distance']
+           'score_folder']
 
 # %% ../../nbs/evaluation/00_scores.ipynb #bff8c300
 import hashlib
@@ -13,7 +13,6 @@ import json
 import os
 import re
 import time
-from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -25,7 +24,7 @@ from ..data.patches import list_pictures, load_dataset
 from ..degradations import TASKS, cached_bicubic, degrade
 from ..images import imresize, imwrite, to_image, to_tensor, with_channels
 from ..inference import enhance, predict, resolve_model
-from ..metrics import PROTOCOLS, score
+from ..metrics import METRICS, PROTOCOLS, score
 
 # %% ../../nbs/evaluation/00_scores.ipynb #63efea59
 def bicubic_result(
@@ -156,7 +155,7 @@ class Meter:
         self.peak_mb = (torch.cuda.max_memory_allocated(self.cuda) if self.cuda else peak_memory())/1e6
 
 # %% ../../nbs/evaluation/00_scores.ipynb #a87b4bf0
-READ = {'cnn': False, 'rgb': False, 'bicubic': True, 'grey': True, 'jpeg': True, 'png': None}
+READ = {name: p.grey for name, p in PROTOCOLS.items()}   # see `metrics.Protocol`
 
 # %% ../../nbs/evaluation/00_scores.ipynb #23faeeeb
 def evaluate(
@@ -177,7 +176,7 @@ def evaluate(
     log:str|os.PathLike|None=None,   # file that keeps finished pictures, to go on after an interruption
     save:str|os.PathLike|None=None,  # folder for the result pictures
     cache:str|os.PathLike|None=None, # folder that keeps low-resolution inputs, see `cached_bicubic`
-    perceptual:tuple=(),       # more columns: 'lpips', 'dists', see `perceptual_distance`
+    perceptual:tuple=(),       # more columns: 'lpips', 'dists', see `metrics.METRICS`
     progress:bool=True,        # a bar on a terminal or in a notebook
 )->pd.DataFrame:         # model dataset ... picture weights tiles ensemble psnr ssim seconds peak_mb
     "Score every picture of a set: a row per picture, in the set's order"
@@ -196,7 +195,7 @@ def evaluate(
     def one(p):  # scores of a picture
         lr, hr = make_input(p.read(READ[protocol]), p.name)
         with Meter(model) as m: sr = run_model(model, lr, hr, scale, protocol, tile, self_ensemble, boundary)
-        scores = score(sr, hr, scale, protocol) | {k: perceptual_distance(sr, hr, k) for k in perceptual}
+        scores = score(sr, hr, scale, protocol, perceptual)
         if save: imwrite(Path(save)/f'{p.name}.png', sr)
         return scores | dict(seconds=m.seconds, peak_mb=m.peak_mb)
     for p in tqdm(pictures, f'{name} {dataset} {key["setting"]}', disable=not progress or None, leave=False):
@@ -222,7 +221,7 @@ def _settle(task, scale, setting, protocol, model)->tuple:  # (protocol, setting
     if protocol not in PROTOCOLS:
         raise ValueError(f'expected a protocol among {", ".join(PROTOCOLS)}, found {protocol!r}')
     if scale != 1 and task != 'sr': raise ValueError(f"expected scale 1 for task '{task}', found {scale}")
-    if protocol in ('grey', 'jpeg', 'bicubic') and task == 'demosaic':
+    if READ[protocol] and task == 'demosaic':
         raise ValueError(f"expected protocol 'rgb' for 'demosaic', which needs colours, found {protocol!r}")
     if task == 'sr' and (not isinstance(scale, int) or scale < 2):
         raise ValueError(f"expected a whole scale of at least 2 for 'sr', found {scale}")
@@ -297,7 +296,7 @@ def bootstrap(
 
 # %% ../../nbs/evaluation/00_scores.ipynb #f6d1cd62
 SETTING = ['dataset', 'task', 'setting', 'scale', 'protocol']
-SCORES = ['psnr', 'ssim', 'lpips', 'dists']  # the last two where they were asked for
+SCORES = list(METRICS)   # those that were asked for
 
 # %% ../../nbs/evaluation/00_scores.ipynb #0f6b8bb5
 def one_thing_a_label(
@@ -415,33 +414,3 @@ def score_folder(
         row = dict(model=label or folder.name, dataset=name, scale=scale, protocol=protocol)
         rows.append(row | dict(picture=p.name) | s)
     return pd.DataFrame(rows)
-
-# %% ../../nbs/evaluation/00_scores.ipynb #1f99cfc0
-@lru_cache(2)
-def _distance(metric:str)->nn.Module:  # (N, 3, H, W) twice, in [0, 1] -> a number
-    "The metric with its features"
-    try:
-        import torchvision  # torchmetrics hides its metrics where it is absent
-        from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
-        from torchmetrics.image.dists import DeepImageStructureAndTextureSimilarity
-    except (ImportError, RuntimeError) as e:  # RuntimeError: a torchvision built for another torch
-        raise ImportError(f'expected torchvision for {metric}, found none that loads ({e}); '
-                          'pip install torchvision') from e
-    if metric == 'lpips': return LearnedPerceptualImagePatchSimilarity('alex', normalize=True)
-    return DeepImageStructureAndTextureSimilarity()
-
-# %% ../../nbs/evaluation/00_scores.ipynb #38f93d45
-def perceptual_distance(
-    sr:np.ndarray,        # uint8, (H, W, 3) or (H, W)
-    hr:np.ndarray,        # the same size
-    metric:str='lpips',   # 'lpips' (AlexNet) or 'dists' (VGG)
-)->float:                 # 0: alike
-    "LPIPS or DISTS of two pictures; optional, needs torchvision"
-    if metric not in ('lpips', 'dists'): raise ValueError(f"expected 'lpips' or 'dists', found {metric!r}")
-    if sr.shape != hr.shape:
-        raise ValueError(f'expected two pictures of one size, found {sr.shape} and {hr.shape}')
-    pair = [to_tensor(with_channels(x, grey=False)) for x in (sr, hr)]
-    try:
-        with torch.no_grad(): return float(_distance(metric)(*pair))
-    except OSError as e:  # the features are fetched at the first use
-        raise OSError(f'{metric} needs pretrained features from the network, once: {e}') from e

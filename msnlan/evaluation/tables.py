@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..basics import write_json
 from .scores import one_thing_a_label
+from ..metrics import STANDARD, cell, present
 
 # %% ../../nbs/evaluation/02_tables.ipynb #8b3ffe25
 def uses_seeds(pictures:pd.DataFrame, keys:list)->bool:
@@ -28,23 +29,29 @@ def seed_spread(
     keys:list,               # columns that make a row of the table
 )->pd.DataFrame:             # keys, seeds (number), psnr_sd, ssim_sd (between seeds; empty for one)
     "How far seeds lie apart"
-    each = pictures.groupby([*keys, 'weights'], sort=False)[['psnr', 'ssim']].mean().reset_index()
+    names = present(pictures)
+    each = pictures.groupby([*keys, 'weights'], sort=False)[names].mean().reset_index()
     by = each.groupby(keys, sort=False)
-    return by.agg(seeds=('weights', 'nunique'), psnr_sd=('psnr', 'std'), ssim_sd=('ssim', 'std')).reset_index()
+    return by.agg(seeds=('weights', 'nunique'), **{f'{n}_sd': (n, 'std') for n in names}).reset_index()
 
 # %% ../../nbs/evaluation/02_tables.ipynb #75a85841
 def means(
-    pictures:pd.DataFrame,   # a row per picture: model, dataset, scale, protocol, picture, psnr, ssim
-)->pd.DataFrame:             # psnr (dB), ssim, pictures a row; seeds, psnr_sd, ssim_sd where there are several seeds
-    "Mean scores in order of appearance; `ValueError` for no number, or for two things under one label"
+    pictures:pd.DataFrame,   # a row per picture: model, dataset, scale, protocol, picture, psnr, ssim; more of `METRICS`
+)->pd.DataFrame:             # a column a metric, pictures; seeds, psnr_sd, ssim_sd ... where there are several seeds
+    """Mean scores in order of appearance; `ValueError` for no number, or for two things under one label.
+
+    A metric beyond PSNR and SSIM may be absent from a row, but not from some of its pictures."""
     keys = [k for k in ('model', 'dataset', 'task', 'setting', 'scale', 'protocol') if k in pictures]
-    bad = pictures[pictures[['psnr', 'ssim']].isna().any(axis=1)]
+    names = present(pictures)
+    lacks = pictures[names].isna()
+    some = (~lacks).groupby([pictures[k] for k in keys]).transform('any') if keys else ~lacks
+    bad = pictures[(lacks & (some | [n in STANDARD for n in names])).any(axis=1)]
     if len(bad):
         raise ValueError(f"{bad.iloc[0]['picture']} of {bad.iloc[0]['dataset']} has no score; "
                          'expected a number for every picture')
     pictures = one_thing_a_label(pictures)
     by_set = pictures.groupby(keys, sort=False)
-    m = by_set.agg(psnr=('psnr', 'mean'), ssim=('ssim', 'mean'), pictures=('picture', 'nunique')).reset_index()
+    m = by_set.agg(**{n: (n, 'mean') for n in names}, pictures=('picture', 'nunique')).reset_index()
     return m.merge(seed_spread(pictures, keys), on=keys) if uses_seeds(pictures, keys) else m
 
 # %% ../../nbs/evaluation/02_tables.ipynb #9378df29
@@ -55,10 +62,10 @@ def column_labels(t:pd.DataFrame)->list:   # of text, a row each
 # %% ../../nbs/evaluation/02_tables.ipynb #09661742
 def score_table(
     m:pd.DataFrame,   # as `means` gives
-    digits:int=2,     # of PSNR; SSIM has four
-)->pd.DataFrame:      # text cells 'PSNR / SSIM'; an empty cell was not measured
+    digits:int=2,     # of what is in dB
+)->pd.DataFrame:      # text cells such as 'PSNR / SSIM', see `metrics.cell`; an empty cell was not measured
     "Models down, sets and scales across"
-    m = m.assign(cell=[f'{p:.{digits}f} / {s:.4f}' for p, s in zip(m.psnr, m.ssim)], column=column_labels(m))
+    m = m.assign(cell=[cell(r, digits) for r in m[present(m)].to_dict('records')], column=column_labels(m))
     order = list(dict.fromkeys(m.column))
     t = m.pivot(index='model', columns='column', values='cell')
     t = t.reindex(index=list(dict.fromkeys(m.model)), columns=order)

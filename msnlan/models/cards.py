@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from ..basics import file_hash, write_bytes, write_json
+from ..metrics import STANDARD, cell, heading, present
 from .checkpoints import read_state
 from .zoo import load_model, weights_folder
 
@@ -31,7 +32,7 @@ def scores_of_run(
         if (m['model'], m['scale']) not in mine: continue
         row = {k: m[k] for k in ('dataset', 'setting', 'protocol', 'pictures')}
         for prefix, scores in ('', m), ('bicubic_', bicubic.get(keys(m))):
-            row |= {f'{prefix}{s}': round(scores[s], 4) if scores else None for s in ('psnr', 'ssim')}
+            row |= {f'{prefix}{s}': round(scores[s], 4) if scores and s in scores else None for s in present(m)}
         rows.append(row)
     if not rows:
         raise ValueError(f'{run} has no scores of {weights}; expected a run that evaluated this very file')
@@ -110,9 +111,8 @@ def setting_rows(
 # %% ../../nbs/models/08_cards.ipynb #19da3462
 def score_rows(scores:list)->list:  # of lists of texts
     "Rows of the card's table of scores"
-    cell = lambda psnr, ssim: '' if psnr is None else f'{psnr:.2f} / {ssim:.4f}'
-    return [[m['dataset'], m['setting'], m['protocol'], m['pictures'], cell(m['psnr'], m['ssim']),
-             cell(m['bicubic_psnr'], m['bicubic_ssim'])] for m in scores]
+    return [[*[m[k] for k in ('dataset', 'setting', 'protocol', 'pictures')],
+             *[cell({n: m.get(prefix + n) for n in present(m)}) for prefix in ('', 'bicubic_')]] for m in scores]
 
 # %% ../../nbs/models/08_cards.ipynb #7bfc1c4d
 def model_card(
@@ -122,7 +122,8 @@ def model_card(
     "The model card of a weight file, from its metadata and the scores given"
     model, about = load_model(weights), read_state(weights)[1]
     name, plain = Path(weights).stem, 'bicubic' if model.task == 'sr' else 'input'
-    head = ['set', 'setting', 'protocol', 'pictures', 'PSNR (dB) / SSIM', plain]
+    names = max((present(m) for m in scores), key=len, default=STANDARD)
+    head = ['set', 'setting', 'protocol', 'pictures', heading(names), plain]
     training = {k:v for k,v in about.items() if k not in ('system', 'config')}
     table = lambda d: markdown_table(['setting', 'value'], setting_rows(d)) if d else 'Not recorded.'
     shipped = Path(weights).absolute().parent == weights_folder()

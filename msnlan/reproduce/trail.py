@@ -141,15 +141,16 @@ def describe_run(run:Path, hashes:FileHashes)->tuple:   # (lines, what differs)
 # %% ../../nbs/reproduce/07_trail.ipynb #5a1821f0
 def recomputed(cell:dict, runs:Path)->str|None:   # none: this cell is no mean of scores
     "A PSNR / SSIM cell from the runs' per-picture scores, in the cell's own digits"
-    m = re.fullmatch(r'(\d+\.(\d+)) / (\d+\.(\d+))', cell['value'])
-    if not m: return None
+    if not re.fullmatch(r'\d+\.\d+ / \d+\.\d+( / (-|\d+\.\d+))*', cell['value']): return None
     from msnlan.evaluation.tables import column_labels
+    from msnlan.metrics import present
     parts = [pd.read_csv(p, dtype={'picture': str}) for r in cell['runs'] if (p := runs/r/'per_picture.csv').is_file()]
     t = pd.concat(parts, ignore_index=True)
     t = t[(t.model == cell['row']) & (pd.Series(column_labels(t), t.index) == cell['column'])]
     name = cell['path'].stem.removeprefix('scores_')
     if name in set(t.protocol): t = t[t.protocol == name]
-    return f'{t.psnr.mean():.{len(m[2])}f} / {t.ssim.mean():.{len(m[4])}f}'
+    parts = cell['value'].split(' / ')
+    return ' / '.join(p if p == '-' else f'{t[n].mean():.{len(p.partition(".")[2])}f}' for n, p in zip(present(t), parts))
 
 # %% ../../nbs/reproduce/07_trail.ipynb #154d6060
 def trail(
