@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAVELS', 'file_hash', 'write_bytes', 'write_json', 'replace_folder', 'as_type', 'reset_peak', 'peak_memory',
            'free_memory', 'face', 'package_folder', 'clone_around', 'clone_of_package', 'project_folder', 'git_state',
-           'cpu_name', 'gpu_names']
+           'cpu_name', 'gpu_names', 'user_cache', 'device_name', 'markdown_table']
 
 # %% ../nbs/00_basics.ipynb #145f5119
 import hashlib, importlib, json, os, platform, re, shutil, subprocess, sys
@@ -161,3 +161,27 @@ def gpu_names()->list:
     if not shutil.which('nvidia-smi'): return []
     found = subprocess.run(['nvidia-smi', '--query-gpu=name', '--format=csv,noheader'], capture_output=True, text=True)
     return found.stdout.splitlines() if found.returncode == 0 else []
+
+# %% ../nbs/00_basics.ipynb #82c22fc4
+def user_cache(
+    name:str,            # what is kept there
+    variable:str='',     # of the environment, that names another folder
+)->Path:                 # need not exist
+    "A folder of the user's cache: `$XDG_CACHE_HOME/msnlan/NAME`"
+    if given := os.environ.get(variable): return Path(given).expanduser()
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'msnlan'/name
+
+def device_name(device='cpu')->str:
+    "What computes: the GPU that torch uses, or the processor"
+    if 'cuda' not in str(device): return cpu_name()
+    import torch
+    return torch.cuda.get_device_name(device)
+
+# %% ../nbs/00_basics.ipynb #24d9568d
+def markdown_table(
+    head:list,   # texts
+    rows:list,   # of lists of texts or numbers
+)->str:          # Markdown
+    "A table, for a page"
+    line = lambda cells: '| ' + ' | '.join(str(c) for c in cells) + ' |'
+    return '\n'.join([line(head), line(['---']*len(head)), *map(line, rows)])

@@ -156,7 +156,8 @@ def tables(parameter:Parameters=None, data_root:DataRoot=None, out:Out=None, lis
 @app.command()
 def explore(
     picture:Annotated[str, typer.Argument(help='A picture, or a photograph that scikit-image ships')]='astronaut',
-    model:Annotated[str, typer.Option(help='A name with shipped weights, or a weights file')]='msnlan-tiny-x2',
+    model:Annotated[str, typer.Option(help='A name with shipped weights, or a weights file')]='msnlan-tiny',
+    scale:Annotated[int, typer.Option(help='Magnification, for a name')]=2,
     side:Annotated[int, typer.Option(help='Longest side of the picture that the network sees')]=128,
     port:Annotated[int, typer.Option(help='Port of the page')]=8866,
     browser:Annotated[bool, typer.Option(help='Open the page in a browser')]=True,
@@ -166,9 +167,10 @@ def explore(
 
     Example: msnlan explore photo.jpg --port 8866
     """
-    from msnlan.correlation.desk import open_model
+    from msnlan.correlation.desk import open_model, shown_name
     from msnlan.correlation.page import serve
     from msnlan.correlation.scenes import open_picture
+    model = shown_name(model, scale)
     open_picture(picture); open_model(model)
     serve(port, browser, idle, picture=picture, model=model, side=side)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from scipy.ndimage import convolve
+from .basics import user_cache
 from .images import imread, imresize, imwrite, modcrop, with_channels
 
 # %% ../nbs/02_degradations.ipynb #bc6b35dc
@@ -148,5 +149,4 @@ def cached_bicubic(
 # %% ../nbs/02_degradations.ipynb #35885244
 def lr_cache()->Path:  # need not exist yet
     "Where evaluation and training keep low-resolution pictures: `$MSNLAN_LR_CACHE`, else the user cache"
-    user = os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache'
-    return Path(os.environ.get('MSNLAN_LR_CACHE') or Path(user)/'msnlan'/'lr')
+    return user_cache('lr', 'MSNLAN_LR_CACHE')

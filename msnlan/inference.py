@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from .images import imread, imresize, to_image, to_tensor
 from .models.layers import PatchAttention, System
 from .models.checkpoints import first_line
-from .models.zoo import SYSTEMS, create_model, list_models, load_model
+from .models.zoo import SYSTEMS, list_models, load_model, weights_of
 
 # %% ../nbs/04_inference.ipynb #9ac86a4f
 @dataclass(frozen=True)
@@ -152,17 +152,16 @@ def predict(
 
 # %% ../nbs/04_inference.ipynb #260cca53
 def resolve_model(
-    model,       # a network, a name of the zoo with weights in the package, or a path of a weight file
+    model,       # a network, or a name or path as for `weights_of`
     scale:int,   # the scale wanted
     device=None, # where to run; none: where the model is, or the CPU
 )->nn.Module:    # the network, in eval mode
     "The network that a caller names; ValueError if it has another scale"
-    if isinstance(model, (str, os.PathLike)) and str(model) not in list_models():
-        if not Path(model).is_file():
+    if isinstance(model, (str, os.PathLike)):
+        if str(model) not in [*list_models(), *list_models(pretrained=True)] and not Path(model).is_file():
             names = ', '.join(['bicubic', *list_models()])
             raise ValueError(f'model is {str(model)!r}; expected a weight file or one of {names}')
-        model = load_model(model)
-    elif isinstance(model, str): model = create_model(model, scale=scale, pretrained=True).eval()
+        model = load_model(weights_of(model, scale))
     if scale is not None and model.scale != scale:
         raise ValueError(f'the model has scale {model.scale}; scale {scale} was asked for')
     return model if device is None else model.to(device)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'METRICS', 'STANDARD', 'PROTOCOLS', 'comparable', 'psnr', 'gaussian_window', 'window_band', 'window_means',
-           'ssim_map', 'ssim', 'perceptual_distance', 'Metric', 'present', 'heading', 'cell', 'said', 'Protocol',
+           'ssim_map', 'ssim', 'perceptual_distance', 'Metric', 'present', 'heading', 'score_cell', 'said', 'Protocol',
            'score', 'program_psnr']
 
 # %% ../nbs/03_metrics.ipynb #7e4b67cd
@@ -168,7 +168,8 @@ class Metric(NamedTuple):
 
     def text(self, value, digits:int|None=None, sign:str='')->str:
         "A value as it is printed; empty where there is none"
-        return '' if value is None or math.isnan(value) else f'{value:{sign}.{self.digits if digits is None else digits}f}'
+        n = self.digits if digits is None else digits
+        return '' if value is None or math.isnan(value) else f'{value:{sign}.{n}f}'
 
 # %% ../nbs/03_metrics.ipynb #031753bf
 METRICS = {   # name, that of the column in tables -> record
@@ -189,7 +190,7 @@ def heading(names)->str:   # 'PSNR (dB) / SSIM'
     "What the numbers of a cell are"
     return ' / '.join(METRICS[name].label for name in names)
 
-def cell(
+def score_cell(
     values:dict,       # name of a metric -> number; none or nan: not computed
     db:int|None=None,  # digits of what is in dB; none: the metric's
     sign:str='',       # '+' for differences

@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def networks()->str:
     "The shipped networks as a table, from the cards beside their weights"
-    from msnlan.models.cards import markdown_table, shipped_rows
+    from msnlan.basics import markdown_table
+    from msnlan.models.cards import shipped_rows
     rows = []
     for r in shipped_rows():
         scores = ', '.join(f"{s['dataset']} {s['psnr']:.2f} ({s['bicubic_psnr']:.2f})" for s in r['scores'])

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ..attention.operator import has_triton, patch_attention, patch_attention_reference
-from ..basics import package_folder, write_bytes, write_json
+from ..basics import markdown_table, package_folder, write_bytes, write_json
 from .operator import bare_minimum, build, cases, machine, plot
 from .training import build_step, projected_hours
 from ..models.zoo import SYSTEMS
@@ -337,7 +337,7 @@ def number(row:dict, what:str, method:str, form:str)->str:
 
 def table(head:list, rows:list)->list:   # lines
     "A table for a person"
-    return [f"| {' | '.join(map(str, cells))} |" for cells in (head, ['---']*len(head), *rows)]
+    return markdown_table(head, rows).splitlines()
 
 def operator_table(rows:list)->list:   # lines
     "Milliseconds, ratios, megabytes"

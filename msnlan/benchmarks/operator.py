@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..basics import peak_memory, reset_peak, write_json
+from ..basics import device_name, markdown_table, peak_memory, reset_peak, write_json
 from ..attention.operator import has_numba, patch_attention, patch_attention_reference, weigh
 
 # %% ../../nbs/benchmarks/00_operator.ipynb #e8719fc2
@@ -172,11 +172,8 @@ def _row(name, case, device, backward, runs, seconds, memory, autocast, limit):
 # %% ../../nbs/benchmarks/00_operator.ipynb #e0131651
 def machine(device):
     "What the numbers were measured on"
-    info = Path('/proc/cpuinfo').read_text().splitlines() if os.path.exists('/proc/cpuinfo') else []
-    cpu = [l.split(':')[1].strip() for l in info if l.startswith('model name')]
     numba = __import__('numba').__version__ if has_numba() else None
-    name = torch.cuda.get_device_name() if device == 'cuda' else (cpu or [platform.processor()])[0]
-    return dict(device=name, threads=torch.get_num_threads(), load=os.getloadavg()[0],
+    return dict(device=device_name(device), threads=torch.get_num_threads(), load=os.getloadavg()[0],
                 torch=torch.__version__, numba=numba,
                 python=platform.python_version(), date=time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime()))
 
@@ -196,17 +193,17 @@ def as_markdown(report:dict)->str:
     "A report as a table for a person"
     m = report['machine']
     lines = [f"{m['device']}, {m['threads']} threads, torch {m['torch']}, numba {m['numba']}, "
-             f"Python {m['python']}, {m['date']}", '',
-             '| case | pass | runs | load | reference, s | ours, s | baseline, s | times faster | ours / baseline '
-             '| reference, MB | ours, MB | baseline, MB |', '| --- '*12 + '|']
+             f"Python {m['python']}, {m['date']}", '']
+    head = ['case', 'pass', 'runs', 'load', 'reference, s', 'ours, s', 'baseline, s', 'times faster', 'ours / baseline',
+            'reference, MB', 'ours, MB', 'baseline, MB']
+    rows = []
     for r in report['rows']:
         seconds = [f"{r['seconds'][k]:.3g}" if k in r['seconds'] else 'map too large' for k in METHODS]
         ratios = [f'{r[k]:.2f}' if k in r else '' for k in ('times_faster', 'of_minimum')]
         extra = [f"{r['peak_mb'][k]:.0f}" if k in r.get('peak_mb', {}) else '' for k in METHODS]
         what = r['pass_'] + (f", {r['autocast']}" if r['autocast'] else '')
-        cells = [r['case'], what, str(r['runs']), f"{r.get('load', m['load']):.1f}", *seconds, *ratios, *extra]
-        lines.append(f"| {' | '.join(cells)} |")
-    return '\n'.join(lines) + '\n'
+        rows.append([r['case'], what, r['runs'], f"{r.get('load', m['load']):.1f}", *seconds, *ratios, *extra])
+    return '\n'.join([*lines, markdown_table(head, rows)]) + '\n'
 
 # %% ../../nbs/benchmarks/00_operator.ipynb #e8dea0c8
 def benchmark(

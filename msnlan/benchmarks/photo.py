@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..basics import cpu_name, peak_memory, reset_peak, write_json
+from ..basics import cpu_name, markdown_table, peak_memory, reset_peak, write_json
 
 # %% ../../nbs/benchmarks/03_photo.ipynb #bde477e3
 METHODS = dict(whole='whole', ours='auto', authors='chop')   # name -> `--tile`
@@ -65,13 +65,14 @@ def as_markdown(report:dict)->str:
     m, size = report['machine'], lambda r: f"{r['width']} x {r['height']}"
     authors = {size(r): r['cpu_seconds'] for r in report['rows'] if r['method'] == 'authors'}
     lines = [f"{m['model']} x{m['scale']}, {m['cpu']}, {m['threads']} threads, torch {m['torch']}, {m['date']}, "
-             f"load {m['load']:.1f}. Medians; memory is the whole process.", '',
-             "| input | method | rounds | seconds | processor seconds | times the authors' | peak, MB |",
-             '| --- '*7 + '|']
+             f"load {m['load']:.1f}. Medians; memory is the whole process.", '']
+    head = ['input', 'method', 'rounds', 'seconds', 'processor seconds', "times the authors'", 'peak, MB']
+    rows = []
     for r in report['rows']:
         ratio = f"{r['cpu_seconds']/authors[size(r)]:.2f}" if size(r) in authors else ''
-        lines.append(f"| {size(r)} | {r['method']} | {r['rounds']} | {r['seconds']:.1f} | {r['cpu_seconds']:.1f} "
-                     f"| {ratio} | {r['peak_mb']:.0f} |")
+        rows.append([size(r), r['method'], r['rounds'], f"{r['seconds']:.1f}", f"{r['cpu_seconds']:.1f}", ratio,
+                     f"{r['peak_mb']:.0f}"])
+    lines.append(markdown_table(head, rows))
     left = [f"{size(s)} {s['method']} (about {s['cpu_seconds']/60:.0f} min)" for s in report['left_out']]
     if left: lines += ['', f"Not run, by forecast of processor time: {', '.join(left)}."]
     return '\n'.join(lines) + '\n'

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .operator import machine
-from ..basics import peak_memory, reset_peak, write_json
+from ..basics import markdown_table, peak_memory, reset_peak, write_json
 from ..models.layers import PatchAttention
 from ..models.zoo import VARIANTS, create_model
 from ..training.recipes import find_recipe, load_recipe
@@ -130,14 +130,14 @@ def small_markdown(report:dict)->str:
     "Rows of `small_rows` as a table for a person"
     m = report['machine']
     lines = [f"{m['device']}, {m['threads']} threads, torch {m['torch']}, numba {m['numba']}, {m['date']}; "
-             'patches a second of processor time, medians of interleaved steps', '',
-             '| network x2 | parameters | patch | batch | definition | walk in strips (before) | now | now / before |',
-             '| --- '*8 + '|']
+             'patches a second of processor time, medians of interleaved steps', '']
+    head = ['network x2', 'parameters', 'patch', 'batch', 'definition', 'walk in strips (before)', 'now', 'now / before']
+    rows = []
     for r in report['rows']:
         p = r['patches_per_second']
-        lines.append(f"| {r['model']} | {r['parameters']:,} | {r['patch']} | {r['batch']} | "
-                     + ' | '.join(f'{p[k]:.1f}' for k in SMALL) + f" | {p['ours']/p['numba']:.2f} |")
-    return '\n'.join(lines) + '\n'
+        rows.append([r['model'], f"{r['parameters']:,}", r['patch'], r['batch'], *(f'{p[k]:.1f}' for k in SMALL),
+                     f"{p['ours']/p['numba']:.2f}"])
+    return '\n'.join([*lines, markdown_table(head, rows)]) + '\n'
 
 def benchmark_small(
     out='reports/benchmarks',   # folder for `training-small-cpu.json` and `.md`
@@ -176,17 +176,17 @@ def as_markdown(report:dict)->str:
     "A report as a table for a person"
     m, per = report['machine'], lambda d, k, f='.3g': format(d[k], f) if d and k in d else ''
     lines = [f"{m['device']}, {m['threads']} threads, torch {m['torch']}, numba {m['numba']}, "
-             f"Python {m['python']}, {m['date']}, load {m['load']:.1f}", '',
-             '| network | patch | batch | precision | steps | reference, patches/s | ours, patches/s | times faster '
-             '| reference, MB | ours, MB | reference, hours of the whole recipe | ours |', '| --- '*12 + '|']
+             f"Python {m['python']}, {m['date']}, load {m['load']:.1f}", '']
+    head = ['network', 'patch', 'batch', 'precision', 'steps', 'reference, patches/s', 'ours, patches/s', 'times faster',
+            'reference, MB', 'ours, MB', 'reference, hours of the whole recipe', 'ours']
+    rows = []
     for r in report['rows']:
         rate, mb, hours = r['patches_per_second'], r.get('peak_mb'), r.get('recipe_hours')
-        cells = [f"{r['model']} x{r['config']['scale']}", r['patch'], r['batch'],
+        rows.append([f"{r['model']} x{r['config']['scale']}", r['patch'], r['batch'],
                  'float32' if r['precision'] == 'no' else r['precision'], r['rounds'],
                  *(per(rate, k) for k in BACKEND), f"{r['times_faster']:.2f}",
-                 *(per(mb, k, '.0f') for k in BACKEND), *(per(hours, k, ',.0f') for k in BACKEND)]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return '\n'.join(lines) + '\n'
+                 *(per(mb, k, '.0f') for k in BACKEND), *(per(hours, k, ',.0f') for k in BACKEND)])
+    return '\n'.join([*lines, markdown_table(head, rows)]) + '\n'
 
 def write_report(path, report:dict):
     "The report as JSON, and as a table beside it"

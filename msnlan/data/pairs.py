@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from ..basics import user_cache
 from ..degradations import degrade
 
 # %% ../../nbs/data/03_pairs.ipynb #e95ee0b8
@@ -35,8 +36,7 @@ MARK = b'msnlan-pairs-1\n\n'   # ends every file; changes where the format or th
 
 def cache_folder()->Path:      # need not exist
     "Where mapped pairs are kept: `$MSNLAN_CACHE`, else `msnlan/pairs` in the user cache"
-    if given := os.environ.get('MSNLAN_CACHE'): return Path(given).expanduser()
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'msnlan'/'pairs'
+    return user_cache('pairs', 'MSNLAN_CACHE')
 
 # %% ../../nbs/data/03_pairs.ipynb #e9ce848a
 def pairs_key(

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from ..basics import user_cache
 
 # %% ../../nbs/data/00_registry.ipynb #e3b93cca
 SOURCES = {  # repository and commit, below https://raw.githubusercontent.com/
@@ -122,7 +123,7 @@ def find_root(
         root = Path(root).expanduser()
         if not root.is_dir(): raise FileNotFoundError(f'expected a folder of data sets at {root}, found none')
         return root
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'msnlan'/'data'
+    return user_cache('data')
 
 # %% ../../nbs/data/00_registry.ipynb #845220a5
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')

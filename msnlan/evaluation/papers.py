@@ -13,7 +13,7 @@ from ..basics import project_folder
 from ..data.registry import set_info
 from ..degradations import TASKS
 from .published import join_published
-from ..metrics import METRICS, cell, present
+from ..metrics import METRICS, present, score_cell
 
 # %% ../../nbs/evaluation/03_papers.ipynb #aadf6faf
 COST = ['parameters', 'patches', 'hours', 'inference']   # what a row of ours had cost
@@ -115,7 +115,8 @@ def lay_out(
             if q['row'] != 'difference' and q['whole'] is not False: ranked[s].at[i, c] = round(q[s], k)
         for k in COST: costs[i][k].setdefault(cost_text(k, q[k]))
     sign = ['+' if r == 'difference' else '' for _, r, _ in lines]
-    cells = {c: [cell({s: wide[s].at[i, c] for s in names}, digits, sign[i]) for i in range(len(lines))] for c in columns}
+    at = lambda i, c: {s: wide[s].at[i, c] for s in names}
+    cells = {c: [score_cell(at(i, c), digits, sign[i]) for i in range(len(lines))] for c in columns}
     rank = {s: {c: places(w[c], METRICS[s].larger) for c in columns} for s, w in ranked.items()}
     table = pd.DataFrame([dict(method=m, numbers=r, **{k: ', '.join(filter(None, v)) for k, v in cost.items()})
                           for (m, r, _), cost in zip(lines, costs)])

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..basics import write_json
 from .scores import one_thing_a_label
-from ..metrics import STANDARD, cell, present
+from ..metrics import STANDARD, present, score_cell
 
 # %% ../../nbs/evaluation/02_tables.ipynb #8b3ffe25
 def uses_seeds(pictures:pd.DataFrame, keys:list)->bool:
@@ -36,7 +36,7 @@ def seed_spread(
 
 # %% ../../nbs/evaluation/02_tables.ipynb #75a85841
 def means(
-    pictures:pd.DataFrame,   # a row per picture: model, dataset, scale, protocol, picture, psnr, ssim; more of `METRICS`
+    pictures:pd.DataFrame,   # a row per picture: model, dataset, scale, protocol, picture, psnr, ssim, more metrics
 )->pd.DataFrame:             # a column a metric, pictures; seeds, psnr_sd, ssim_sd ... where there are several seeds
     """Mean scores in order of appearance; `ValueError` for no number, or for two things under one label.
 
@@ -65,7 +65,7 @@ def score_table(
     digits:int=2,     # of what is in dB
 )->pd.DataFrame:      # text cells such as 'PSNR / SSIM', see `metrics.cell`; an empty cell was not measured
     "Models down, sets and scales across"
-    m = m.assign(cell=[cell(r, digits) for r in m[present(m)].to_dict('records')], column=column_labels(m))
+    m = m.assign(cell=[score_cell(r, digits) for r in m[present(m)].to_dict('records')], column=column_labels(m))
     order = list(dict.fromkeys(m.column))
     t = m.pivot(index='model', columns='column', values='cell')
     t = t.reindex(index=list(dict.fromkeys(m.model)), columns=order)

@@ -131,15 +131,14 @@ def model_by_name(
     scale:int=2,   # magnification, for a name
 ):                 # network in eval mode, its label in tables, {name: hash of its weights}
     "A trained network by name or file, labelled as `file_label` says; a foreign one by its stem"
-    from msnlan.models.zoo import load_model, shipped_file
+    from msnlan.models.zoo import list_models, load_model, weights_of
     if name.startswith('spandrel:'):
         from msnlan.evaluation.scores import SpandrelModel
         path = Path(name.removeprefix('spandrel:'))
         return SpandrelModel(path).eval(), path.stem, {name: file_hash(path)}
-    if Path(name).suffix in ('.safetensors', '.pt', '.pth'):
-        return load_model(name).eval(), file_label(name), {name: file_hash(name)}
-    path = shipped_file(name, scale)
-    return load_model(path).eval(), name, {name: file_hash(path)}
+    path = weights_of(name, scale)
+    shipped = name in [*list_models(), *list_models(pretrained=True)]
+    return load_model(path), name if shipped else file_label(name), {name: file_hash(path)}
 
 # %% ../../nbs/reproduce/00_runs.ipynb #c8f4c953
 def write_result(

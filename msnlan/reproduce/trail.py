@@ -149,8 +149,8 @@ def recomputed(cell:dict, runs:Path)->str|None:   # none: this cell is no mean o
     t = t[(t.model == cell['row']) & (pd.Series(column_labels(t), t.index) == cell['column'])]
     name = cell['path'].stem.removeprefix('scores_')
     if name in set(t.protocol): t = t[t.protocol == name]
-    parts = cell['value'].split(' / ')
-    return ' / '.join(p if p == '-' else f'{t[n].mean():.{len(p.partition(".")[2])}f}' for n, p in zip(present(t), parts))
+    again = lambda n, p: p if p == '-' else f'{t[n].mean():.{len(p.partition(".")[2])}f}'
+    return ' / '.join(again(n, p) for n, p in zip(present(t), cell['value'].split(' / ')))
 
 # %% ../../nbs/reproduce/07_trail.ipynb #154d6060
 def trail(

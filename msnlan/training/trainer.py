@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ..basics import cpu_name, file_hash, git_state, package_folder, write_json
+from ..basics import device_name, file_hash, git_state, package_folder, write_json
 from .checkpointing import (Progress, agreed_checkpoint, catch_signals, check_finite, checkpoints,
     is_whole, last_checkpoint, save_checkpoint, seal, start_from, weights_digest, weights_record)
 from ..models.zoo import create_model, save_weights
@@ -199,7 +199,7 @@ def note_session(t:Trainer):
     p, code, device = t.progress, git_state(package_folder()), t.acc.device
     if p.sessions and p.sessions[-1]['step'] == p.step: p.sessions.pop()    # a start that came to nothing
     p.sessions.append(dict(step=p.step, commit=code['commit'], dirty=code['dirty'], torch=torch.__version__,
-        machine=torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu_name(),
+        machine=device_name(device),
         processes=t.acc.num_processes, threads=torch.get_num_threads()))
 
 # %% ../../nbs/training/03_trainer.ipynb #b6856491
