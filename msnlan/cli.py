@@ -79,13 +79,13 @@ def predict(given:dict):   # name -> value
     "Say what a training would take, without starting it"
     from dataclasses import fields
     from msnlan.reproduce.runs import check_parameters, notebook_path
-    from msnlan.training.budget import describe
+    from msnlan.training.budget import describe_budget
     from msnlan.training.recipes import TrainConfig, check_config, load_recipe
     check_parameters(notebook_path('train'), given)
     recipe, names = given.get('recipe', 'default'), {f.name for f in fields(TrainConfig)}
     cfg = load_recipe(recipe, {k: v for k, v in given.items() if k in names})
     check_config(cfg)
-    typer.echo('\n'.join(describe(cfg, recipe, processes=max(1, given.get('processes', 1)))))
+    typer.echo('\n'.join(describe_budget(cfg, recipe, processes=max(1, given.get('processes', 1)))))
 
 # %% ../nbs/05_cli.ipynb #4ff18e02
 @app.command()

@@ -53,10 +53,10 @@ def check_cases(cases, kinds=(torch.float64, torch.float32), forms=('auto', 'box
 
 def check_cut_really(device=None):
     "The cases called strips are cut as their names say"
-    from msnlan.attention.gpu import cut
+    from msnlan.attention.gpu import cut_work
     shape = lambda c: (c[0][0], (c[0][3], c[0][4] + c[3]//2), [(h, w + c[3]//2) for h, w in c[1]], c[3]//2, c[5] or 2**26)
     for name, case in {**CASES, **SLOW}.items():
-        strips, blocks = cut(*shape(case), case[4].get('weighting') == 'sparsemax')
+        strips, blocks = cut_work(*shape(case), case[4].get('weighting') == 'sparsemax')
         assert (len(strips) > 1) == ('strips' in name), (name, strips)
         assert (len(blocks) > len(case[1])) == ('of_keys' in name), (name, blocks)
 
@@ -105,7 +105,7 @@ def check_plan(device='cpu'):
     "What the kernels' program allocates is what was planned, whichever way the work is cut"
     from msnlan.attention import gpu
     from msnlan.attention.gpu import LiveBytes, Maps, planned_bytes, run_backward, run_forward
-    launch, gpu.launch = gpu.launch, lambda *args, **options: None             # the interpreter holds its arguments for a while
+    launch, gpu.launch_kernel = gpu.launch_kernel, lambda *args, **options: None             # the interpreter holds its arguments for a while
     for name in ('levels', 'sparsemax_p1', 'strips', 'strips_of_keys'):
         (N, c, cv, H, W), grids, _, patch, options, room = CASES[name]
         shapes = (N, c, H, W), [(N, c, *g) for g in grids], [(N, cv, *g) for g in grids]
@@ -117,7 +117,7 @@ def check_plan(device='cpu'):
             run_backward(Maps(*maps), out, stat)
         planned = planned_bytes(*shapes, patch, sparse, room=room)
         assert abs(planned/live.peak - 1) < .01, (name, live.peak, planned)
-    gpu.launch = launch
+    gpu.launch_kernel = launch
 
 
 def check_networks(device='cpu', trained=False):

@@ -6,7 +6,7 @@ import sys
 import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from fused_cases import relative
-from msnlan.attention.gpu import FORMS, cut, fused_attention
+from msnlan.attention.gpu import FORMS, cut_work, fused_attention
 from msnlan.attention.operator import patch_attention, patch_attention_reference
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -23,7 +23,7 @@ def results(f, maps, up, n, kind):
 def how_cut(query, keys, options, room):
     "Whether the problem is cut, and which way"
     r, W = options['patch']//2, query.shape[-1]
-    strips, blocks = cut(query.shape[0], (query.shape[-2], W + r), [(k.shape[-2], k.shape[-1] + r) for k in keys], r, room or 2**26,
+    strips, blocks = cut_work(query.shape[0], (query.shape[-2], W + r), [(k.shape[-2], k.shape[-1] + r) for k in keys], r, room or 2**26,
                          options['weighting'] == 'sparsemax')
     return 'strips_of_keys' if len(blocks) > len(keys) else 'strips' if len(strips) > 1 else 'whole'
 

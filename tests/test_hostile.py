@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from hostile import file_of
 from msnlan.batch import Task, convert
 from msnlan.basics import peak_memory
-from msnlan.correlation.scenes import decode
+from msnlan.correlation.scenes import decode_upload
 from msnlan.evaluation.scores import score_folder
 from msnlan.models.zoo import create_model, load_model, save_weights
 from msnlan.photos import read_photo
@@ -69,7 +69,7 @@ def doors(path, nets, folder):
         copy.write_bytes(path.read_bytes())
         return score_folder(folder/'sr', [Picture('a', copy)], 1)
     return dict(upscale=lambda: through(nets['up'], 'up'), restore=lambda: through(nets['back'], 'back'), score=scored,
-                upload=lambda: decode(path.name, path.read_bytes()))
+                upload=lambda: decode_upload(path.name, path.read_bytes()))
 
 
 def send(seed, numbers, nets, folder):

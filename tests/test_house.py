@@ -103,3 +103,21 @@ def test_no_large_files_and_no_local_paths():
         path = ROOT/name
         if not path.exists(): continue
         assert path.stat().st_size <= (8 if name.startswith('msnlan/weights/') else 1)*2**20, f'{name} is too large'
+
+
+ROLES = {'METHODS', 'as_markdown', 'benchmark', 'main', 'measure'}   # what every benchmark has under the same name
+
+
+def test_a_public_name_is_defined_in_one_room():
+    "Except for commands, which are called after what they call, and for the same parts of every benchmark"
+    rooms = {}
+    for path in MODULES:
+        room = str(path.relative_to(ROOT/'msnlan'))[:-3]
+        if room in ('_modidx', 'cli') or path.name.startswith('__'): continue
+        for n in ast.parse(path.read_text()).body:
+            targets = n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) else []
+            names = [x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)]
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef)): names = [n.name]
+            for name in names:
+                if not name.startswith('_') and not (name in ROLES and room.startswith('benchmarks/')): rooms.setdefault(name, set()).add(room)
+    assert {name: where for name, where in rooms.items() if len(where) > 1} == {}

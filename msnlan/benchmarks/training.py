@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKEND', 'SMALL', 'build_step', 'step_times', 'step_memory', 'projected_hours', 'small_rows', 'small_markdown',
-           'benchmark_small', 'training_row', 'as_markdown', 'write_report', 'add_memory', 'benchmark', 'main']
+           'benchmark_small', 'training_row', 'as_markdown', 'write_training_report', 'add_memory', 'benchmark', 'main']
 
 # %% ../../nbs/benchmarks/01_training.ipynb #e3681669
 import argparse, gc, json, statistics, subprocess, sys, time
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .operator import machine
+from .operator import measured_on
 from ..basics import markdown_table, peak_memory, reset_peak, write_json
 from ..models.layers import PatchAttention
 from ..models.zoo import VARIANTS, create_model
@@ -131,7 +131,8 @@ def small_markdown(report:dict)->str:
     m = report['machine']
     lines = [f"{m['device']}, {m['threads']} threads, torch {m['torch']}, numba {m['numba']}, {m['date']}; "
              'patches a second of processor time, medians of interleaved steps', '']
-    head = ['network x2', 'parameters', 'patch', 'batch', 'definition', 'walk in strips (before)', 'now', 'now / before']
+    head = ['network x2', 'parameters', 'patch', 'batch', 'definition', 'walk in strips (before)', 'now',
+            'now / before']
     rows = []
     for r in report['rows']:
         p = r['patches_per_second']
@@ -144,7 +145,7 @@ def benchmark_small(
     **options,                  # of `small_rows`
 )->dict:                        # the report, as written
     "Training speed of the small networks: the definition, the walk, what is chosen now"
-    report = dict(machine=machine('cpu'), rows=small_rows(**options))
+    report = dict(machine=measured_on('cpu'), rows=small_rows(**options))
     path = write_json(Path(out)/'training-small-cpu.json', report)
     Path(path).with_suffix('.md').write_text(small_markdown(report))
     return report
@@ -177,8 +178,8 @@ def as_markdown(report:dict)->str:
     m, per = report['machine'], lambda d, k, f='.3g': format(d[k], f) if d and k in d else ''
     lines = [f"{m['device']}, {m['threads']} threads, torch {m['torch']}, numba {m['numba']}, "
              f"Python {m['python']}, {m['date']}, load {m['load']:.1f}", '']
-    head = ['network', 'patch', 'batch', 'precision', 'steps', 'reference, patches/s', 'ours, patches/s', 'times faster',
-            'reference, MB', 'ours, MB', 'reference, hours of the whole recipe', 'ours']
+    head = ['network', 'patch', 'batch', 'precision', 'steps', 'reference, patches/s', 'ours, patches/s',
+            'times faster', 'reference, MB', 'ours, MB', 'reference, hours of the whole recipe', 'ours']
     rows = []
     for r in report['rows']:
         rate, mb, hours = r['patches_per_second'], r.get('peak_mb'), r.get('recipe_hours')
@@ -188,7 +189,7 @@ def as_markdown(report:dict)->str:
                  *(per(mb, k, '.0f') for k in BACKEND), *(per(hours, k, ',.0f') for k in BACKEND)])
     return '\n'.join([*lines, markdown_table(head, rows)]) + '\n'
 
-def write_report(path, report:dict):
+def write_training_report(path, report:dict):
     "The report as JSON, and as a table beside it"
     write_json(path, report)
     Path(path).with_suffix('.md').write_text(as_markdown(report))
@@ -204,7 +205,7 @@ def add_memory(
         case = {k: row[k] for k in ('model', 'config', 'patch', 'batch', 'device', 'precision')}
         row['peak_mb'] = {m: round(step_memory(case, m), 1) for m in BACKEND}
         print(row['patch'], row['peak_mb'], flush=True)
-        write_report(path, report)
+        write_training_report(path, report)
     return report
 
 # %% ../../nbs/benchmarks/01_training.ipynb #adb4f5d7
@@ -220,14 +221,14 @@ def benchmark(
     "Training speed and memory against the reference attention; the report is written after every row"
     for name in recipes: find_recipe(name)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    path, report = Path(out)/f'training-{device}.json', dict(machine=machine(device), rows=[])
+    path, report = Path(out)/f'training-{device}.json', dict(machine=measured_on(device), rows=[])
     for name in recipes:
         for patch in patches:
             for precision in ('no', 'bf16') if device == 'cuda' else ('no',):
                 row = training_row(name, patch, batch, rounds, device, precision)
                 report['rows'].append(row)
                 print(json.dumps(row), flush=True)
-                write_report(path, report)
+                write_training_report(path, report)
     return add_memory(path) if memory else report
 
 # %% ../../nbs/benchmarks/01_training.ipynb #67295753

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from traitlets import observe
 
 from .desk import SUFFIX, Desk, model_names, open_model
-from .scenes import benchmarks, decode
+from .scenes import benchmarks, decode_upload
 from .views import LATER, VIEW, Shared, View, figure_of
 
 # %% ../../nbs/correlation/10_explorer.ipynb #7ddfeabb
@@ -83,7 +83,7 @@ class Requests(View):
 
     def upload(self, name:str, data:bytes):
         "Show a picture from a file's bytes"
-        image = decode(name, data)
+        image = decode_upload(name, data)
         with self.changing(): self.picture, self.fit = self.desk.take_picture(image, name), 'reduce'
         self.refresh()
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'read_pickle', 'first_line', 'from_text', 'unpack_metadata', 'read_safetensors', 'unwrap', 'read_state',
-           'differences', 'check_state', 'from_authors', 'to_authors']
+           'name_differences', 'check_state', 'from_authors', 'to_authors']
 
 # %% ../../nbs/models/06_checkpoints.ipynb #7e004259
 import json, pickle
@@ -98,7 +98,7 @@ def read_state(
     return unwrap(read_pickle(path), path), {}
 
 # %% ../../nbs/models/06_checkpoints.ipynb #4e773485
-def differences(
+def name_differences(
     expected,    # names that should be there
     found,       # names that are there
     shown:int=3, # how many of each kind to name
@@ -117,7 +117,7 @@ def check_state(
 ):
     "ValueError unless `state` has just the model's names and shapes, all finite"
     want, show = model.state_dict(), lambda k: (names or {}).get(k, [k])[0]
-    diff = differences(list(want), list(state))
+    diff = name_differences(list(want), list(state))
     if diff: raise ValueError(f'the weights do not fit {type(model).__name__}: {diff}')
     for k, t in state.items():
         if t.shape != want[k].shape:
@@ -137,7 +137,7 @@ def from_authors(
 )->dict[str, Tensor]:        # tensors by our names, checked
     "The authors' state dict in our layout; ValueError if a name, a shape or a repeated tensor disagrees"
     names = authors_names(model)
-    diff = differences([n for ns in names.values() for n in ns], list(state))
+    diff = name_differences([n for ns in names.values() for n in ns], list(state))
     if diff: raise ValueError(f'the checkpoint does not fit {type(model).__name__}: {diff}')
     out = {}
     for ours, (first, *more) in names.items():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Loader', 'line_of', 'JobSpec', 'PresetSpec', 'PresetError', 'complain', 'check_schema', 'Value', 'fill',
-           'placeholders', 'spread', 'Job', 'as_values', 'expand_one', 'blame', 'expand', 'in_order', 'presets_folder',
-           'list_presets', 'has_twin', 'preset_path', 'load_preset', 'describe_presets', 'new_preset']
+           'placeholders', 'spread_grid', 'Job', 'as_values', 'expand_one', 'blame', 'expand', 'in_order',
+           'presets_folder', 'list_presets', 'has_twin', 'preset_path', 'load_preset', 'describe_presets', 'new_preset']
 
 # %% ../../nbs/reproduce/02_presets.ipynb #ba4fd915
 import re
@@ -143,19 +143,19 @@ def placeholders(text)->set:
     return {re.split(r'[.\[]', f)[0] for _, f, _, _ in Formatter().parse(text) if f}
 
 # %% ../../nbs/reproduce/02_presets.ipynb #d3c6e9c9
-def spread(
+def spread_grid(
     value,        # parameters, or a part of them
     names:dict,   # axes that are settled: name -> Value
     axes:dict,    # all axes: name -> list of Value
 ):
     "`fill`, and in lists an item a value of every axis that is not settled"
-    if isinstance(value, dict): return {k: spread(v, names, axes) for k, v in value.items()}
+    if isinstance(value, dict): return {k: spread_grid(v, names, axes) for k, v in value.items()}
     if not isinstance(value, list): return fill(value, names)
     out = []
     for item in value:
         open_axes = [a for a in axes if a in placeholders(item) and a not in names]
         for values in product(*(axes[a] for a in open_axes)):
-            out.append(spread(item, names | dict(zip(open_axes, values)), axes))
+            out.append(spread_grid(item, names | dict(zip(open_axes, values)), axes))
     return out
 
 # %% ../../nbs/reproduce/02_presets.ipynb #7231b1f1
@@ -193,8 +193,8 @@ def expand_one(
         names = dict(zip(grid, values))
         parameters = {k: v for a in spec.use for k, v in names[a].options.items()} | spec.parameters
         parameters |= (otherwise or {}).get(spec.notebook, {})
-        yield Job(str(fill(name, names)), spec.notebook, check_parameters(path, spread(parameters, names, axes)),
-                  spread(spec.needs, names, axes), threads, gpu)
+        yield Job(str(fill(name, names)), spec.notebook, check_parameters(path, spread_grid(parameters, names, axes)),
+                  spread_grid(spec.needs, names, axes), threads, gpu)
 
 # %% ../../nbs/reproduce/02_presets.ipynb #f23cfeec
 def blame(
