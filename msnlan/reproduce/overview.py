@@ -23,11 +23,12 @@ def first_sentence(about:str)->str:
 def standing(
     name:str,        # of a preset that comes with the project
     reports:Path,    # folder of all reports
-)->dict:             # name, title, about, kept, page (as seen from `reports`; empty: none), done, runs, time, commit, machine
+)->dict:             # name, title, about, kept, page (as seen from `reports`), done, runs, time, commit, machine
     "What there is of a preset's report; one that the repository does not keep counts as none"
     p = load_preset(name)
     record = reports/p['folder']/'provenance.json'
-    out = dict(name=name, title=p['title'], about=first_sentence(p['about']), kept=p['committed'], page='', done=0, runs=len(p['jobs']),
+    out = dict(name=name, title=p['title'], about=first_sentence(p['about']), kept=p['committed'],
+               page='', done=0, runs=len(p['jobs']),
                time='', commit='', machine='')
     if not (p['committed'] and record.is_file()): return out
     r = json.loads(record.read_text())
@@ -70,11 +71,13 @@ def why_not(reports:Path)->dict:   # heading -> sentence
     found, hours = reports/'benchmarks/training-cpu.json', ''
     for r in json.loads(found.read_text())['rows'] if found.is_file() else ():
         if time := r.get('recipe_hours', {}).get('ours'):
-            hours = f"{r['model']} x{r['config']['scale']} alone would train {time:,.0f} hours on the CPU of the benchmark. "
+            name = f"{r['model']} x{r['config']['scale']}"
+            hours = f"{name} alone would train {time:,.0f} hours on the CPU of the benchmark. "
     return {
         'The package': 'What is not kept here is made in minutes where it is wanted.',
-        'Studies and ablations at a stated small budget': 'Small networks, short training: "undecided" is a result, and '
-            'says how small a difference could have been seen.',
+        'Studies and ablations at a stated small budget':
+            'Small networks, short training: "undecided" is a result, and says how small '
+            'a difference could have been seen.',
         "The papers' networks at full size": f'These ask for a GPU, and none was to be had. {hours}Weights from '
             "elsewhere, the authors' too, fill their rows: msnlan tables.",
         'Studies at full budget': "The same arms with a paper's data, network and steps, for who has the GPUs."}
