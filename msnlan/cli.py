@@ -318,7 +318,8 @@ def score(
     use_data_root(data_root)
     t = score_folder(folder, dataset, scale, protocol=protocol)
     if out: write_bytes(out, t.to_csv(index=False, lineterminator='\n').encode())
-    for row in t.to_dict('records'): typer.echo(f"{row['picture']:24} {said(row)}")
+    scores = t[present(t)].to_dict('records')
+    for name, row in zip(t.picture, scores): typer.echo(f'{name:24} {said(row)}')
     typer.echo(f"{f'mean of {len(t)}':24} {said({n: t[n].mean() for n in present(t)})}")
 
 # %% ../nbs/05_cli.ipynb #db1b152b
