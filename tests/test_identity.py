@@ -13,7 +13,7 @@ PICS = [Picture(f'p{i}', array=np.random.default_rng(i).integers(0, 256, (24, 28
 def trained(path, seed=1, **recipe):
     torch.manual_seed(seed)
     net = create_model('slot', n_feats=18, n_resblocks=2, attention='pixel')
-    return str(save_weights(net, path, dict(recipe=dict(seed=seed, **recipe))))
+    return str(save_weights(net, path, dict(training=dict(recipe=dict(seed=seed, **recipe)))))
 
 
 def scored(path, run, label='net', **options):

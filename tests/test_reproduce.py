@@ -194,3 +194,23 @@ def test_two_runs_through_slurm(project, tmp_path):
     local, cluster = project/'reports/small', project/'reports/cluster'
     assert set(stamps(cluster)) == {'bicubic', 'tables'}
     if local.is_dir(): assert tables(local)['scores_cnn.csv'] == tables(cluster)['scores_cnn.csv']
+
+
+STUDY = dict(title='study', threads=1,
+    axes=dict(attention={n: dict(label=n) for n in ('none', 'pixel')}, seed=[1, 2]),
+    jobs={'{attention}-s{seed}': {'for': ['attention', 'seed'], 'notebook': 'train', 'parameters': dict(
+              model='slot', model_config=dict(attention='{attention.label}', n_feats=18, n_resblocks=2), seed='{seed}', data=['{data}'], validation=[],
+              patch=8, batch=2, steps=3)},
+          'evaluate-{attention}': {'for': ['attention'], 'notebook': 'evaluate', 'needs': ['{attention}-s{seed}'], 'parameters': dict(
+              models=['../{attention}-s{seed}/weights.safetensors'], label='{attention.label}', datasets=['{data}@16'], scales=[2], crops=0)},
+          'study': dict(notebook='study', needs=['evaluate-{attention}'], parameters=dict(runs=['../evaluate-{attention}'], against='none'))})
+
+
+@pytest.mark.slow
+def test_a_study_from_its_trainings_to_its_arms(project):
+    "Two arms, two seeds each: one row an arm, seeds counted"
+    run = msnlan(project, 'reproduce', write_preset(project, STUDY, 'study'))
+    assert run.returncode == 0, run.stdout + run.stderr
+    import pandas as pd
+    arms = pd.read_csv(project/'reports/study/tables/arms.csv')
+    assert sorted(arms.arm) == ['none', 'pixel'] and arms.seeds.tolist() == [2, 2] and arms.pictures.tolist() == [2, 2]

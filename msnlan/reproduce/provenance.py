@@ -137,7 +137,7 @@ def execute(
     log = folder/'log.txt'
     with open(log, 'a') as f: f.write(f"{now()} {record['notebook']} starts\n")
     try: execute_notebook(str(path), str(folder/'notebook.ipynb'), parameters, cwd=str(folder), engine_name='msnlan',
-                          record=record, kernel_name='python3', progress_bar=False,
+                          record=record, kernel_name='python3', progress_bar=False, start_timeout=600,
                           extra_arguments=['--log-level=CRITICAL'], stdout_file=Log(log),
                           stderr_file=Log(log, None if quiet else sys.stderr))
     except PapermillExecutionError as e: raise RunError(f'{e.evalue or e.ename}') from None

@@ -119,7 +119,7 @@ def arm_of(name:str)->dict:   # 'arm': digest of system, configuration and recip
     from msnlan.models.checkpoints import read_state
     if Path(name).suffix != '.safetensors' or name.startswith('spandrel:'): return dict(arm='', seed='')
     about = read_state(name)[1]
-    recipe = about.get('recipe')
+    recipe = (about.get('training') or {}).get('recipe')
     if not isinstance(recipe, dict) or 'seed' not in recipe: return dict(arm='', seed='')
     rest = {k: v for k, v in recipe.items() if k not in ('seed', 'data_root', 'workers', 'cache', 'trackers')}
     text = json.dumps([about.get('system'), about.get('config'), rest], sort_keys=True, default=str)
