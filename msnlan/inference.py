@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SHAVE', 'TO_YCC', 'Tile', 'cut', 'chop_tiles', 'in_tiles', 'eightfold', 'evaluating', 'enhance', 'predict',
-           'resolve_model', 'upscale', 'restore', 'traceable', 'program_of', 'export_model', 'write_onnx']
+           'resolve_model', 'upscale', 'restore', 'traceable', 'program_of', 'export_record', 'program_bytes',
+           'onnx_bytes', 'export_model', 'exported_record']
 
 # %% ../nbs/04_inference.ipynb #f7f1dcd5
-import os
+import io, json, os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 
+from .basics import write_bytes
 from .images import imread, imresize, to_image, to_tensor
 from .models.layers import PatchAttention, System
 from .models.checkpoints import first_line
@@ -210,11 +212,38 @@ def program_of(
     free,             # `dynamic_shapes` of torch.export; none: the size of `x` only
 ):                    # torch.export.ExportedProgram
     "The network as a program; ValueError where its sizes cannot be left free"
-    try: return torch.export.export(model, (x,), dynamic_shapes=free)
+    late = dict(prefer_deferred_runtime_asserts_over_guards=True)   # what cannot be proved of all sizes: asked at run time
+    try: return torch.export.export(model, (x,), dynamic_shapes=free, **late)
     except Exception as e:  # of many kinds, each a page long
         if free is None: raise
         raise ValueError(f'{type(model).__name__} cannot be exported with free height and width '
                          f'({first_line(e)}); give a size') from e
+
+# %% ../nbs/04_inference.ipynb #76e80f6b
+def export_record(
+    model:nn.Module,
+    size=None,         # height and width; none: free
+)->dict:               # JSON-able
+    "What an exported file says of itself: the network, its sizes, its values, who wrote it"
+    from msnlan import __version__
+    return dict(system=model.system, config=model.config, scale=model.scale, values='[0, 1], not clipped',
+                height_width=list(size) if size else 'free, at least 8', msnlan=__version__)
+
+# %% ../nbs/04_inference.ipynb #c742061b
+def program_bytes(program, about:str)->bytes:   # `about` lies beside the program as msnlan.json
+    "A program of `torch.export` as a file"
+    out = io.BytesIO()
+    torch.export.save(program, out, extra_files={'msnlan.json': about})
+    return out.getvalue()
+
+def onnx_bytes(program, about:str)->bytes:      # `about` is the entry msnlan of the model's metadata
+    "A program of `torch.export` as an ONNX file; needs the packages onnx and onnxscript"
+    try: import onnx, onnxscript
+    except ImportError as e:
+        raise ImportError(f'writing ONNX needs more: pip install onnx onnxscript ({e})') from None
+    made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=['image'], output_names=['output'])
+    made.model.metadata_props['msnlan'] = about
+    return made.model_proto.SerializeToString()
 
 # %% ../nbs/04_inference.ipynb #b89b081b
 def export_model(
@@ -231,20 +260,17 @@ def export_model(
     was = model.training
     try:
         with traceable(model.eval()), torch.no_grad():
-            program = program_of(model, x, free)
-            write_onnx(program, path) if path.suffix == '.onnx' else torch.export.save(program, str(path))
+            program, about = program_of(model, x, free), json.dumps(export_record(model, size), sort_keys=True)
     finally: model.train(was)
-    return path
+    return write_bytes(path, (onnx_bytes if path.suffix == '.onnx' else program_bytes)(program, about))
 
-# %% ../nbs/04_inference.ipynb #c742061b
-def write_onnx(
-    program,   # from `torch.export.export`
-    path:Path, # the .onnx file
-):
-    "Convert an exported program to ONNX; needs the packages onnx and onnxscript"
-    try: import onnx, onnxscript
-    except ImportError as e:
-        raise ImportError(f'writing ONNX needs more: pip install onnx onnxscript ({e})') from None
-    names = dict(input_names=['image'], output_names=['output'])
-    onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    onnx_program.save(str(path), external_data=False)
+# %% ../nbs/04_inference.ipynb #8a6392c8
+def exported_record(path)->dict:   # as `export_record`; empty for a file of another program
+    "What an exported file says of itself"
+    if Path(path).suffix == '.onnx':
+        import onnx
+        props = onnx.load(str(path), load_external_data=False).metadata_props
+        return json.loads({p.key: p.value for p in props}.get('msnlan', '{}'))
+    extra = {'msnlan.json': ''}
+    torch.export.load(str(path), extra_files=extra)
+    return json.loads(extra['msnlan.json'] or '{}')

@@ -6,7 +6,7 @@ from msnlan.cli import app, parse_parameters
 from msnlan.reproduce.presets import load_preset
 from msnlan.reproduce.runs import check_parameters, notebook_path
 
-PAGES = [ROOT/'README.md', ROOT/'nbs/pages/guide.md']
+PAGES = [ROOT/'README.md', *sorted((ROOT/'nbs/pages').glob('*.md'))]
 NOTEBOOKS = dict(train='train', evaluate='evaluate', attention='attention_maps', tables='paper_tables')
 
 
