@@ -212,7 +212,7 @@ def program_of(
     free,             # `dynamic_shapes` of torch.export; none: the size of `x` only
 ):                    # torch.export.ExportedProgram
     "The network as a program; ValueError where its sizes cannot be left free"
-    late = dict(prefer_deferred_runtime_asserts_over_guards=True)   # what cannot be proved of all sizes: asked at run time
+    late = dict(prefer_deferred_runtime_asserts_over_guards=True)   # what cannot be proved of all sizes
     try: return torch.export.export(model, (x,), dynamic_shapes=free, **late)
     except Exception as e:  # of many kinds, each a page long
         if free is None: raise

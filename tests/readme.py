@@ -1,5 +1,5 @@
 """README.md is nbs/index.ipynb: `python tests/readme.py --write` writes it, `--check` says whether it is current."""
-import re, sys
+import json, re, sys
 from pathlib import Path
 import nbformat
 from nbconvert import MarkdownExporter
@@ -18,6 +18,17 @@ def networks()->str:
     return markdown_table(['name', 'does', 'parameters', 'PSNR'], rows)
 
 
+def photograph()->str:
+    "What a photograph takes, of the largest size that the benchmark ran in our tiles and in the authors'"
+    run = json.loads((ROOT/'reports/benchmarks/photo-cpu.json').read_text())
+    rows = {(r['width'], r['height'], r['method']): r for r in run['rows']}
+    w, h, _ = max(k for k in rows if k[2] == 'ours' and (*k[:2], 'authors') in rows)
+    ours, theirs, m = rows[w, h, 'ours'], rows[w, h, 'authors'], run['machine']
+    return (f"A photograph of {w}x{h} pixels takes `{m['model']}` x{m['scale']} {ours['cpu_seconds']:.0f} s of a processor ({m['cpu']}) and "
+            f"{ours['peak_mb']:.0f} MB in our tiles,\n{theirs['cpu_seconds']:.0f} s and {theirs['peak_mb']:.0f} MB in the authors' "
+            '([other sizes, and whole](reports/benchmarks/photo-cpu.md)).')
+
+
 def readme()->str:
     "The text of README.md, from the cells of the index notebook that are not hidden"
     nb = nbformat.read(ROOT/'nbs/index.ipynb', as_version=4)
@@ -26,7 +37,7 @@ def readme()->str:
         if c.cell_type == 'code': c.outputs = []
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = text.replace('](images/', '](nbs/images/')   # pictures lie beside the notebook
-    text = text.replace('<!-- networks -->', networks())
+    text = text.replace('<!-- networks -->', networks()).replace('<!-- photograph -->', photograph())
     return '<!-- Written from nbs/index.ipynb by `make readme`. -->\n\n' + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 
