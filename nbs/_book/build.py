@@ -5,6 +5,8 @@ from pathlib import Path
 import nbformat
 
 HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1]/'tests')]
+from readme import networks, photograph   # what the front page takes from cards and benchmarks
 
 
 def for_readers(path:Path):
@@ -13,6 +15,8 @@ def for_readers(path:Path):
     hidden = lambda c: c.cell_type == 'raw' or c.source.startswith(('#| hide', '#| default_exp')) or not c.source.strip()
     nb.cells = [c for c in nb.cells if not hidden(c)]
     for c in nb.cells:
+        if '<!-- networks -->' in c.source: c.source = c.source.replace('<!-- networks -->', networks())
+        if '<!-- photograph -->' in c.source: c.source = c.source.replace('<!-- photograph -->', photograph())
         if c.cell_type == 'code': c.source = '\n'.join(l for l in c.source.splitlines() if not l.startswith('#| '))
     nbformat.write(nb, path)
 
