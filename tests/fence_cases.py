@@ -13,7 +13,7 @@ from msnlan.attention.operator import patch_attention, patch_attention_reference
 
 PAGE, LIBC = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
 KERNELS = {cpu: 'statistics forward backward_values backward_scores', whole: 'score_walk value_walk value_gradient weight_gradient '
-           'score_gradient weigh_rows thresholds support_count'}
+           'score_gradient weigh_rows line_thresholds support_count'}
 
 
 def fenced(a, before):

@@ -70,7 +70,7 @@ def test_rows_of_other_code_or_another_machine_are_measured_again(tmp_path, monk
 def test_a_task_that_kills_its_worker_is_named_and_the_next_goes_on(tmp_path, monkeypatch):
     tasks = gpu.plan(['operator'])[:2]
     monkeypatch.setattr(gpu, 'plan', lambda *args: tasks)
-    monkeypatch.setattr(gpu, 'device_of', lambda: 'cuda'); monkeypatch.setattr(gpu, 'machine', lambda device: dict(
+    monkeypatch.setattr(gpu, 'device_of', lambda: 'cuda'); monkeypatch.setattr(gpu, 'measured_on', lambda device: dict(
         device='a GPU', torch='2', numba=None, python='3', date='today', threads=1, load=0.))
     def worker(path, parts, toy, until):
         report = gpu.open_report(path, toy)
