@@ -100,9 +100,16 @@ def test_pretrained_weights_load(stem):
     whole = load_model(stem)
     name = next(n for n in list_models() if stem.startswith(n + '-') and n.endswith('-tiny'))
     given = dict(scale=whole.scale) if whole.task == 'sr' else dict(task=whole.task)
-    net = create_model(name, pretrained=True, **given)
+    level = stem.removeprefix(f'{name}-{whole.task}-')
+    level = True if level == stem else int(level)                            # a task with several levels asks for one
+    net = create_model(name, pretrained=level, **given)
     assert (net.scale, net.task) == (whole.scale, whole.task) and stem.endswith(f'x{net.scale}' if net.task == 'sr' else tuple(f'-{net.task}' + level for level in ('', '-10', '-20', '-30')))
-    with pytest.raises(ValueError, match='were trained with'): create_model(name, rgb_range=77, pretrained=True, **given)
+    with pytest.raises(ValueError, match='were trained with'): create_model(name, rgb_range=77, pretrained=level, **given)
+
+
+def test_a_task_with_several_levels_asks_which():
+    with pytest.raises(FileNotFoundError, match='dejpeg, come with the package: .*-10, .*-20; say which level'):
+        create_model('panet-tiny', task='dejpeg', pretrained=True)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------
