@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BITS', 'ROWS', 'BYTES', 'f32', 'LOG2E', 'LN2A', 'LN2B', 'HALF', 'E0', 'E1', 'E2', 'E3', 'E4', 'E5', 'ONE', 'EXP_LOW',
-           'CUT', 'ZERO', 'gemm', 'exp32', 'box', 'exp_line', 'max_line', 'expsum_line', 'rescale_line', 'dot_line',
-           'grad_line', 'simplex_thresholds']
+           'CUT', 'ZERO', 'Matrix', 'gemm', 'exp32', 'box', 'exp_line', 'max_line', 'expsum_line', 'rescale_line',
+           'dot_line', 'grad_line', 'simplex_thresholds']
 
 # %% ../../nbs/attention/01_kernels.ipynb #382e94f0
 import functools, math, os
+from typing import NamedTuple
 import numba
 import numpy as np
 from llvmlite import binding, ir
@@ -37,39 +38,56 @@ def _jit(f, fast=('contract',)):
     except RuntimeError: return numba.njit(**options)(f)              # no place to keep it (a notebook cell)
 
 # %% ../../nbs/attention/01_kernels.ipynb #4f5643e0
-def _gemm_block(rows, cols, bits):
+class Matrix(NamedTuple):
+    "Rows inside of a flat array: where the first begins, and how far the next one lies from it"
+    data: np.ndarray
+    start: int
+    pitch: int
+
+def _vectors(context, sig, bits):
+    "What both generators below need of a type: element size in bytes, vector type, elements of a vector"
+    element = context.get_data_type(sig.args[0].dtype)
+    size = 4 if element == ir.FloatType() else 8
+    lanes = bits // (8*size)
+    return size, ir.VectorType(element, lanes), lanes
+
+def _place(context, builder, kind, array, start):
+    "Pointer to an array's element"
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [start])
+
+def _gemm_block(rows, vectors, bits):
+    "Code for `rows` rows and `vectors` vectors of columns of C, all of whose sums stay in registers"
     @intrinsic
-    def block(typing, A, ao, lda, B, bo, ldb, C, co, ldc, K, add):
+    def block(typing, A, a_start, a_pitch, B, b_start, b_pitch, C, c_start, c_pitch, inner, add):
         def codegen(context, builder, sig, args):
-            A, ao, lda, B, bo, ldb, C, co, ldc, K, add = args
-            dt = context.get_data_type(sig.args[0].dtype)
-            size = 4 if dt == ir.FloatType() else 8
-            lanes = bits // (8*size); vec = ir.VectorType(dt, lanes)
+            A, a_start, a_pitch, B, b_start, b_pitch, C, c_start, c_pitch, inner, add = args
+            size, vector, lanes = _vectors(context, sig, bits)
             i32, i64 = ir.IntType(32), ir.IntType(64)
-            data = lambda i, v: context.make_array(sig.args[i])(context, builder, v).data
-            a, b, c = [builder.gep(data(i, v), [o]) for i, v, o in ((0, A, ao), (3, B, bo), (6, C, co))]
-            at = lambda p, j: builder.bitcast(builder.gep(p, [i64(j*lanes)]), vec.as_pointer())
-            acc = [[cgutils.alloca_once(builder, vec) for _ in range(cols)] for _ in range(rows)]
-            for row in acc:
-                for t in row: builder.store(ir.Constant(vec, [0.]*lanes), t)
-            undef = ir.Constant(vec, ir.Undefined)
+            a = _place(context, builder, sig.args[0], A, a_start)
+            b = _place(context, builder, sig.args[3], B, b_start)
+            c = _place(context, builder, sig.args[6], C, c_start)
+            at = lambda line, j: builder.bitcast(builder.gep(line, [i64(j*lanes)]), vector.as_pointer())
+            undefined = ir.Constant(vector, ir.Undefined)
             lane0 = ir.Constant(ir.VectorType(i32, lanes), [0]*lanes)
-            with cgutils.for_range(builder, K) as loop:
-                line = builder.gep(b, [builder.mul(loop.index, ldb)])
-                bs = [builder.load(at(line, j), align=size) for j in range(cols)]
-                for i, row in enumerate(acc):
-                    o = builder.add(builder.mul(lda, i64(i)), loop.index)
-                    s = builder.load(builder.gep(a, [o]), align=size)
-                    s = builder.shuffle_vector(builder.insert_element(undef, s, i32(0)), undef, lane0)
-                    for t, v in zip(row, bs):
-                        prod = builder.fmul(s, v, flags=('contract',))
-                        builder.store(builder.fadd(prod, builder.load(t), flags=('contract',)), t)
-            with builder.if_else(add) as (yes, no):
+            sums = [[cgutils.alloca_once(builder, vector) for _ in range(vectors)] for _ in range(rows)]
+            for line in sums:
+                for t in line: builder.store(ir.Constant(vector, [0.]*lanes), t)
+            with cgutils.for_range(builder, inner) as loop:             # k: a row of B ...
+                line = builder.gep(b, [builder.mul(loop.index, b_pitch)])
+                of_b = [builder.load(at(line, j), align=size) for j in range(vectors)]
+                for i, of_c in enumerate(sums):                         # ... times each A[i, k], in every lane
+                    o = builder.add(builder.mul(a_pitch, i64(i)), loop.index)
+                    one = builder.load(builder.gep(a, [o]), align=size)
+                    all_lanes = builder.shuffle_vector(builder.insert_element(undefined, one, i32(0)), undefined, lane0)
+                    for t, v in zip(of_c, of_b):
+                        product = builder.fmul(all_lanes, v, flags=('contract',))
+                        builder.store(builder.fadd(product, builder.load(t), flags=('contract',)), t)
+            with builder.if_else(add) as (yes, no):                     # C += sums, or C = sums
                 for branch, more in ((yes, True), (no, False)):
                     with branch:
-                        for i, row in enumerate(acc):
-                            line = builder.gep(c, [builder.mul(ldc, i64(i))])
-                            for j, t in enumerate(row):
+                        for i, of_c in enumerate(sums):
+                            line = builder.gep(c, [builder.mul(c_pitch, i64(i))])
+                            for j, t in enumerate(of_c):
                                 v = builder.load(t)
                                 if more: v = builder.fadd(v, builder.load(at(line, j), align=size))
                                 builder.store(v, at(line, j), align=size)
@@ -84,15 +102,19 @@ BYTES = BITS//8
 
 # %% ../../nbs/attention/01_kernels.ipynb #2f51419c
 @_jit
-def gemm(A, ao, lda, B, bo, ldb, C, co, ldc, M, K, N, add):
-    "Matrix product of a tile: C = A B, or C += A B"
-    lanes = BYTES // A.itemsize
+def gemm(A, B, C, rows, inner, columns, add):
+    "Matrix product of a tile: C = A B, or C += A B; rows in multiples of 8, columns of a vector"
+    lanes = BYTES // A.data.itemsize
     x = 0
-    while x + 2*lanes <= N:
-        for i in range(0, M, ROWS): _block2(A, ao+i*lda, lda, B, bo+x, ldb, C, co+i*ldc+x, ldc, K, add)
+    while x + 2*lanes <= columns:
+        for i in range(0, rows, ROWS):
+            _block2(A.data, A.start+i*A.pitch, A.pitch, B.data, B.start+x, B.pitch,
+                    C.data, C.start+i*C.pitch+x, C.pitch, inner, add)
         x += 2*lanes
-    while x < N:
-        for i in range(0, M, ROWS): _block1(A, ao+i*lda, lda, B, bo+x, ldb, C, co+i*ldc+x, ldc, K, add)
+    while x < columns:
+        for i in range(0, rows, ROWS):
+            _block1(A.data, A.start+i*A.pitch, A.pitch, B.data, B.start+x, B.pitch,
+                    C.data, C.start+i*C.pitch+x, C.pitch, inner, add)
         x += lanes
 
 # %% ../../nbs/attention/01_kernels.ipynb #a51ddf30
@@ -131,30 +153,29 @@ def _exp_overload(x):
 
 # %% ../../nbs/attention/01_kernels.ipynb #3e968c01
 def _box_block(p, bits):
+    "Code for the sum of p lines, a vector at a time: each line is read once, the sums are never stored between"
     @intrinsic
-    def block(typing, dst, do, ldd, src, so, lds, step, rows, n):
+    def block(typing, out, out_start, out_pitch, source, source_start, source_pitch, step, rows, columns):
         def codegen(context, builder, sig, args):
-            dst, do, ldd, src, so, lds, step, rows, n = args
-            dt = context.get_data_type(sig.args[0].dtype)
-            size = 4 if dt == ir.FloatType() else 8
-            lanes = bits // (8*size); vec = ir.VectorType(dt, lanes); i64 = ir.IntType(64)
-            data = lambda i, v: context.make_array(sig.args[i])(context, builder, v).data
-            to, fr = builder.gep(data(0, dst), [do]), builder.gep(data(3, src), [so])
-            cast = lambda q: builder.bitcast(q, vec.as_pointer())
+            out, out_start, out_pitch, source, source_start, source_pitch, step, rows, columns = args
+            size, vector, lanes = _vectors(context, sig, bits); i64 = ir.IntType(64)
+            to = _place(context, builder, sig.args[0], out, out_start)
+            fr = _place(context, builder, sig.args[3], source, source_start)
+            at = lambda line, x: builder.bitcast(builder.gep(line, [x]), vector.as_pointer())
             with cgutils.for_range(builder, rows) as outer:
-                out = builder.gep(to, [builder.mul(outer.index, ldd)])
-                first = builder.gep(fr, [builder.mul(outer.index, lds)])
+                to_line = builder.gep(to, [builder.mul(outer.index, out_pitch)])
+                first = builder.gep(fr, [builder.mul(outer.index, source_pitch)])
                 lines = [builder.gep(first, [builder.mul(step, i64(d))]) for d in range(p)]
-                with cgutils.for_range(builder, builder.sdiv(n, i64(lanes))) as inner:
+                with cgutils.for_range(builder, builder.sdiv(columns, i64(lanes))) as inner:
                     x = builder.mul(inner.index, i64(lanes))
-                    terms = [builder.load(cast(builder.gep(line, [x])), align=size) for line in lines]
-                    while len(terms) > 1:
+                    terms = [builder.load(at(line, x), align=size) for line in lines]
+                    while len(terms) > 1:                               # in pairs: short chains of additions
                         terms = [builder.fadd(*terms[i:i+2]) if i+1 < len(terms) else terms[i]
                                  for i in range(0, len(terms), 2)]
-                    builder.store(terms[0], cast(builder.gep(out, [x])), align=size)
+                    builder.store(terms[0], at(to_line, x), align=size)
             return context.get_dummy_value()
         i = types.int64
-        return types.void(dst, i, i, src, i, i, i, i, i), codegen
+        return types.void(out, i, i, source, i, i, i, i, i), codegen
     return block
 
 # %% ../../nbs/attention/01_kernels.ipynb #37acebb9
@@ -162,44 +183,46 @@ _box1, _box3, _box5, _box7 = [_box_block(p, BITS) for p in (1, 3, 5, 7)]
 
 # %% ../../nbs/attention/01_kernels.ipynb #567242ba
 @_jit
-def box(dst, do, ldd, src, so, lds, step, rows, n, p):
-    "Sum of p shifted lines"
-    if p == 1: _box1(dst, do, ldd, src, so, lds, step, rows, n)
-    elif p == 3: _box3(dst, do, ldd, src, so, lds, step, rows, n)
-    elif p == 5: _box5(dst, do, ldd, src, so, lds, step, rows, n)
+def box(out, source, step, rows, columns, p):
+    "Sum of p shifted lines, from matrix to matrix"
+    a, b = out, source
+    if p == 1: _box1(a.data, a.start, a.pitch, b.data, b.start, b.pitch, step, rows, columns)
+    elif p == 3: _box3(a.data, a.start, a.pitch, b.data, b.start, b.pitch, step, rows, columns)
+    elif p == 5: _box5(a.data, a.start, a.pitch, b.data, b.start, b.pitch, step, rows, columns)
     else:
-        _box7(dst, do, ldd, src, so, lds, step, rows, n)
+        _box7(a.data, a.start, a.pitch, b.data, b.start, b.pitch, step, rows, columns)
         for d in range(7, p):
             for j in range(rows):
-                a = dst[do+j*ldd:do+j*ldd+n]; b = src[so+j*lds+d*step:so+j*lds+d*step+n]
-                for x in range(n): a[x] += b[x]
+                to = a.start + j*a.pitch; fr = b.start + j*b.pitch + d*step
+                line, shifted = a.data[to:to+columns], b.data[fr:fr+columns]
+                for x in range(columns): line[x] += shifted[x]
 
 # %% ../../nbs/attention/01_kernels.ipynb #ae20ce4a
 @_jit
-def exp_line(a, f, M, w):
+def exp_line(line, factor, largest, inverse):
     "Scores -> weights: exp(score - largest) / sum"
-    for x in range(a.shape[0]): a[x] = _exp(a[x]*f - M[x])*w[x]
+    for x in range(line.shape[0]): line[x] = _exp(line[x]*factor - largest[x])*inverse[x]
 
 # %% ../../nbs/attention/01_kernels.ipynb #b359dedc
 @_jit
-def max_line(a, f, M):
+def max_line(line, factor, largest):
     "Scaled scores, and the largest so far"
-    for x in range(a.shape[0]):
-        v = a[x]*f
-        a[x] = v
-        if v > M[x]: M[x] = v
+    for x in range(line.shape[0]):
+        score = line[x]*factor
+        line[x] = score
+        if score > largest[x]: largest[x] = score
 
 # %% ../../nbs/attention/01_kernels.ipynb #ec415cff
 @_jit
-def expsum_line(a, M, S):
+def expsum_line(line, largest, total):
     "Add exp(score - largest)"
-    for x in range(a.shape[0]): S[x] += _exp(a[x] - M[x])
+    for x in range(line.shape[0]): total[x] += _exp(line[x] - largest[x])
 
 # %% ../../nbs/attention/01_kernels.ipynb #0fa59076
 @_jit
-def rescale_line(S, old, M):
+def rescale_line(total, before, largest):
     "A sum of exp after the largest score has grown"
-    for x in range(S.shape[0]): S[x] = S[x]*_exp(old[x] - M[x])
+    for x in range(total.shape[0]): total[x] = total[x]*_exp(before[x] - largest[x])
 
 # %% ../../nbs/attention/01_kernels.ipynb #16247509
 @_jit
@@ -209,13 +232,15 @@ def dot_line(a, b, out):
 
 # %% ../../nbs/attention/01_kernels.ipynb #96b6857b
 @functools.partial(_jit, fast=('contract', 'reassoc'))
-def grad_line(a, t, g, f, D):
-    "a: weight -> gradient of the score, times f; t: score / f, g: gradient of the weight; returns that of f"
-    total = a[0]*0
-    for x in range(a.shape[0]):
-        s = a[x]*(g[x]-D[x])
-        total += s*t[x]
-        a[x] = s*f
+def grad_line(line, raw, grad, factor, mean):
+    """Softmax backward: weight -> gradient of the raw score, in place; returns the gradient of the factor
+
+    raw: score before the factor; grad: gradient of the weight; mean: sum over keys of weight times its gradient"""
+    total = line[0]*0
+    for x in range(line.shape[0]):
+        s = line[x]*(grad[x]-mean[x])
+        total += s*raw[x]
+        line[x] = s*factor
     return total
 
 # %% ../../nbs/attention/01_kernels.ipynb #e8ca26bd
