@@ -138,12 +138,13 @@ def project_folder(
 
 # %% ../nbs/00_basics.ipynb #e454495d
 def git_state(root:Path|None)->dict:   # 'commit', 'dirty', 'diff' (a hash of the uncommitted changes)
-    "Commit of the project and whether its files differ from it; nulls outside a git checkout"
+    "Commit of the project and whether its files differ from it, reports aside; nulls outside a git checkout"
     git = lambda *args: subprocess.run(['git', '-C', str(root), *args], capture_output=True, text=True, timeout=60)
     try: head = git('rev-parse', 'HEAD') if root else None
     except OSError: head = None
     if head is None or head.returncode: return dict(commit=None, dirty=None, diff=None)
-    diff = git('diff', 'HEAD').stdout + git('status', '--porcelain').stdout
+    sources = '--', '.', ':!reports'                         # reports are what runs make, not what they are made from
+    diff = git('diff', 'HEAD', *sources).stdout + git('status', '--porcelain', *sources).stdout
     return dict(commit=head.stdout.strip(), dirty=bool(diff),
                 diff=hashlib.sha256(diff.encode()).hexdigest() if diff else None)
 

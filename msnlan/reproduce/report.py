@@ -123,9 +123,10 @@ def galleries(
     "Figures of all runs by kind of run, with paths as seen from the page"
     out = []
     for kind, ident, heading in GALLERIES:
-        figures = [dict(file=f"figures/{r['name']}-{Path(f['file']).name}", caption=f['caption'],
-                        run=page_of(r['name'], committed))
-                   for r in runs if r['result']['kind'] == kind for f in r['result'].get('figures', [])]
+        of_kind = [r for r in runs if r['result']['kind'] == kind and r['result'].get('figures')]
+        title = lambda r: f"{r['name']}: " if len(of_kind) > 1 else ''
+        figures = [dict(file=f"figures/{r['name']}-{Path(f['file']).name}", caption=title(r) + f['caption'],
+                        run=page_of(r['name'], committed)) for r in of_kind for f in r['result']['figures']]
         if figures: out.append((ident, heading, figures))
     return out
 
