@@ -58,6 +58,80 @@ class Blocks(NamedTuple):
     raw: Matrix                # another
     before: np.ndarray         # a line of it
 
+# %% ../../nbs/attention/02_cpu.ipynb #46c7ffe8
+def _up(n, k):
+    "n rounded up to a multiple of k"
+    return -(-n//k)*k
+
+# %% ../../nbs/attention/02_cpu.ipynb #d70ed880
+def _line(x, group, pitch):
+    "(N, c, H, W) -> (N, c, columns): rows one behind the other, `pitch` apart, group - 1 empty rows around"
+    N, c, H, W = x.shape
+    columns = _up((H + 2*group - 2)*pitch + 32, 16)
+    if columns//16 % 2 == 0: columns += 16                   # channels must not all begin in the same set of the cache
+    out = x.new_zeros(N, c, columns)
+    out[..., (group-1)*pitch:(group-1+H)*pitch].unflatten(-1, (H, pitch))[..., :W] = x
+    return out
+
+# %% ../../nbs/attention/02_cpu.ipynb #2f883512
+def _group(pitch, key_width, patch, rings, size, budget=700_000):
+    "Displacements at once: the rings fill the cache, `budget` bytes, but a block has no more than 288 columns"
+    fitting = budget // (rings*patch*_up(key_width, 8)*pitch*size)
+    return max(1, min(fitting, 288//pitch))
+
+# %% ../../nbs/attention/02_cpu.ipynb #af540979
+def _pieces(height, key_height, group, k):
+    "All displacements in at most k pieces of about the same cost, cut between groups"
+    starts = list(range(1 - height, key_height, group))
+    cost = [min(key_height, height + d + group - 1) - max(0, d) for d in starts]            # key rows walked
+    done, cuts = 0, [0]
+    for i, c in enumerate(cost):
+        done += c
+        if done*k >= sum(cost)*len(cuts): cuts.append(i+1)
+    return [(starts[a], min(key_height, starts[b-1] + group)) for a, b in zip(cuts, cuts[1:]) if b > a]
+
+# %% ../../nbs/attention/02_cpu.ipynb #0f4550d3
+class _Level:
+    "One level laid out for the walk; its work is cut into pieces by sizes only, never by threads"
+    def __init__(self, query, key, factor, value, patch, rings, share):
+        N, channels, H, self.width = query.shape
+        key_height, key_width = key.shape[-2:]
+        pitch = self.width + patch//2
+        group = _group(pitch, key_width, patch, rings, query.element_size())
+        self.sizes = Sizes(H, key_height, key_width, _up(key_width, 8), patch, group, pitch)
+        self.channels, self.value_channels = channels, value.shape[1]
+        result = query.element_size() * max(H*self.width, key_height*key_width) * (self.value_channels + channels)
+        most = max(8, (1 << 29)//result)                     # a thread holds the results of one or two pieces
+        self.pieces = _pieces(H, key_height, group, max(1, min(share, H*self.width*key_height*key_width >> 19, most)))
+        self.key, self.value, self.factor = key, value, factor.numpy()
+        self.query_line, self.key_rows = self.line(query), self.rows(key)
+    @property
+    def workspace(self):
+        "Elements that the blocks of a strip take"
+        p = self.sizes; n = _up(p.group*p.pitch, 16); r = p.patch//2
+        return 3*p.patch*p.key_lines*n + 2*((p.key_lines + 2*r)*(n+16) + 64) + 2*p.key_lines*n + n + 256
+    def pair(self, n): return Pair(self.key_rows[n], self.query_line[n])
+    def softmax(self, n): return Softmax(self.factor[n], self.largest[n], self.inverse[n])
+    def set_softmax(self, largest, inverse):
+        "Statistics (N, H, W) of all levels, laid out for this one"
+        self.largest, self.inverse = self.line(largest[:, None])[:, 0], self.line(inverse[:, None])[:, 0]
+    def line(self, x): return _line(x, self.sizes.group, self.sizes.pitch).numpy()
+    def unline(self, x):
+        "(..., columns) -> (..., H, W)"
+        p = self.sizes
+        inside = x[..., (p.group-1)*p.pitch:(p.group-1+p.height)*p.pitch]
+        return inside.reshape(*x.shape[:-1], p.height, p.pitch)[..., :self.width]
+    def pixels(self, x):
+        "(N, c, H, W) -> (N, columns, c rounded up to 16)"
+        pixels = torch.from_numpy(self.line(x)).transpose(1, 2)
+        return np.ascontiguousarray(F.pad(pixels, (0, -x.shape[1] % 16)).numpy())
+    def rows(self, x):
+        "(N, c, Hk, Wk) -> (N, Hk, key_lines, c)"
+        return F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, self.sizes.key_lines - x.shape[-1])).contiguous().numpy()
+    def planes(self, x):
+        "(N, c, Hk, Wk) -> (N, Hk, c rounded up to 8, Wk)"
+        return F.pad(x.permute(0, 2, 1, 3), (0, 0, 0, -x.shape[1] % 8)).contiguous().numpy()
+
 # %% ../../nbs/attention/02_cpu.ipynb #2d44ea55
 @_jit
 def strips(sizes, first, last):
@@ -276,80 +350,6 @@ def backward_scores(sizes, first, last, pair, grads, softmax, mean, key_planes, 
                 gemm(d_scores, Matrix(pixels, x*channels, channels),
                      Matrix(to_key, row*sizes.key_lines*channels, channels), sizes.key_lines, strip.used, channels,
                      True)
-
-# %% ../../nbs/attention/02_cpu.ipynb #46c7ffe8
-def _up(n, k):
-    "n rounded up to a multiple of k"
-    return -(-n//k)*k
-
-# %% ../../nbs/attention/02_cpu.ipynb #d70ed880
-def _line(x, group, pitch):
-    "(N, c, H, W) -> (N, c, columns): rows one behind the other, `pitch` apart, group - 1 empty rows around"
-    N, c, H, W = x.shape
-    columns = _up((H + 2*group - 2)*pitch + 32, 16)
-    if columns//16 % 2 == 0: columns += 16                   # channels must not all begin in the same set of the cache
-    out = x.new_zeros(N, c, columns)
-    out[..., (group-1)*pitch:(group-1+H)*pitch].unflatten(-1, (H, pitch))[..., :W] = x
-    return out
-
-# %% ../../nbs/attention/02_cpu.ipynb #2f883512
-def _group(pitch, key_width, patch, rings, size, budget=700_000):
-    "Displacements at once: the rings fill the cache, `budget` bytes, but a block has no more than 288 columns"
-    fitting = budget // (rings*patch*_up(key_width, 8)*pitch*size)
-    return max(1, min(fitting, 288//pitch))
-
-# %% ../../nbs/attention/02_cpu.ipynb #af540979
-def _pieces(height, key_height, group, k):
-    "All displacements in at most k pieces of about the same cost, cut between groups"
-    starts = list(range(1 - height, key_height, group))
-    cost = [min(key_height, height + d + group - 1) - max(0, d) for d in starts]            # key rows walked
-    done, cuts = 0, [0]
-    for i, c in enumerate(cost):
-        done += c
-        if done*k >= sum(cost)*len(cuts): cuts.append(i+1)
-    return [(starts[a], min(key_height, starts[b-1] + group)) for a, b in zip(cuts, cuts[1:]) if b > a]
-
-# %% ../../nbs/attention/02_cpu.ipynb #0f4550d3
-class _Level:
-    "One level laid out for the walk; its work is cut into pieces by sizes only, never by threads"
-    def __init__(self, query, key, factor, value, patch, rings, share):
-        N, channels, H, self.width = query.shape
-        key_height, key_width = key.shape[-2:]
-        pitch = self.width + patch//2
-        group = _group(pitch, key_width, patch, rings, query.element_size())
-        self.sizes = Sizes(H, key_height, key_width, _up(key_width, 8), patch, group, pitch)
-        self.channels, self.value_channels = channels, value.shape[1]
-        result = query.element_size() * max(H*self.width, key_height*key_width) * (self.value_channels + channels)
-        most = max(8, (1 << 29)//result)                     # a thread holds the results of one or two pieces
-        self.pieces = _pieces(H, key_height, group, max(1, min(share, H*self.width*key_height*key_width >> 19, most)))
-        self.key, self.value, self.factor = key, value, factor.numpy()
-        self.query_line, self.key_rows = self.line(query), self.rows(key)
-    @property
-    def workspace(self):
-        "Elements that the blocks of a strip take"
-        p = self.sizes; n = _up(p.group*p.pitch, 16); r = p.patch//2
-        return 3*p.patch*p.key_lines*n + 2*((p.key_lines + 2*r)*(n+16) + 64) + 2*p.key_lines*n + n + 256
-    def pair(self, n): return Pair(self.key_rows[n], self.query_line[n])
-    def softmax(self, n): return Softmax(self.factor[n], self.largest[n], self.inverse[n])
-    def set_softmax(self, largest, inverse):
-        "Statistics (N, H, W) of all levels, laid out for this one"
-        self.largest, self.inverse = self.line(largest[:, None])[:, 0], self.line(inverse[:, None])[:, 0]
-    def line(self, x): return _line(x, self.sizes.group, self.sizes.pitch).numpy()
-    def unline(self, x):
-        "(..., columns) -> (..., H, W)"
-        p = self.sizes
-        inside = x[..., (p.group-1)*p.pitch:(p.group-1+p.height)*p.pitch]
-        return inside.reshape(*x.shape[:-1], p.height, p.pitch)[..., :self.width]
-    def pixels(self, x):
-        "(N, c, H, W) -> (N, columns, c rounded up to 16)"
-        pixels = torch.from_numpy(self.line(x)).transpose(1, 2)
-        return np.ascontiguousarray(F.pad(pixels, (0, -x.shape[1] % 16)).numpy())
-    def rows(self, x):
-        "(N, c, Hk, Wk) -> (N, Hk, key_lines, c)"
-        return F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, self.sizes.key_lines - x.shape[-1])).contiguous().numpy()
-    def planes(self, x):
-        "(N, c, Hk, Wk) -> (N, Hk, c rounded up to 8, Wk)"
-        return F.pad(x.permute(0, 2, 1, 3), (0, 0, 0, -x.shape[1] % 8)).contiguous().numpy()
 
 # %% ../../nbs/attention/02_cpu.ipynb #ee847f9a
 def _walk(levels, N, unit, dtype):
