@@ -13,7 +13,7 @@ import yaml
 
 from ..basics import project_folder, write_bytes
 from .presets import list_presets, load_preset, preset_path
-from .report import fill_page
+from .report import fill_page, findings
 
 # %% ../../nbs/reproduce/08_overview.ipynb #0cdb40a4
 def first_sentence(about:str)->str:
@@ -23,18 +23,17 @@ def first_sentence(about:str)->str:
 def standing(
     name:str,        # of a preset that comes with the project
     reports:Path,    # folder of all reports
-)->dict:             # name, title, about, kept, page (as seen from `reports`), done, runs, time, commit, machine
+)->dict:             # name, title, about, found, kept, page (as seen from `reports`), done, runs, time, commit, machine
     "What there is of a preset's report; one that the repository does not keep counts as none"
     p = load_preset(name)
     record = reports/p['folder']/'provenance.json'
     out = dict(name=name, title=p['title'], about=first_sentence(p['about']), kept=p['committed'],
-               page='', done=0, runs=len(p['jobs']),
-               time='', commit='', machine='')
+               page='', done=0, runs=len(p['jobs']), found=[], time='', commit='', machine='')
     if not (p['committed'] and record.is_file()): return out
     r = json.loads(record.read_text())
     env = r['environment']
-    return out | dict(page=f"{p['folder']}/index.html", done=len(r['runs']), time=r['time'][:10],
-                      commit=(env['git']['commit'] or '')[:10], machine=env['cpu'])
+    return out | dict(page=f"{p['folder']}/index.html", found=findings(record.parent), done=len(r['runs']),
+                      time=r['time'][:10], commit=(env['git']['commit'] or '')[:10], machine=env['cpu'])
 
 # %% ../../nbs/reproduce/08_overview.ipynb #84781702
 def claim_rows(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GALLERIES', 'read_runs', 'read_failures', 'page_of', 'to_pages', 'collect', 'fill_page', 'notebook_page',
-           'write_pages', 'galleries', 'seconds', 'describe', 'machine', 'commands', 'write_report']
+           'write_pages', 'findings', 'galleries', 'seconds', 'describe', 'machine', 'commands', 'write_report']
 
 # %% ../../nbs/reproduce/06_report.ipynb #10eb1ce3
 import json, re, shutil
@@ -110,6 +110,62 @@ def write_pages(
         (fresh/f'{name}.html').write_text(page, encoding='utf-8')
     replace_folder(fresh, folder/'pages')
 
+# %% ../../nbs/reproduce/06_report.ipynb #74178f14
+def _beyond_zero(intervals):
+    "Which printed intervals do not hold zero"
+    ends = intervals.str.extract(r'\[(.*), (.*)\]').astype(float)
+    return (ends[0] > 0) | (ends[1] < 0)
+
+def _numbers(column):
+    "What was printed, as numbers; NaN where nothing was"
+    return column.replace('', 'nan').astype(float)
+
+def _names(names):
+    "a, b and c"
+    names = list(dict.fromkeys(names))
+    return ' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+def _of_arms(t):
+    against = next(c for c in t if c.startswith('minus '))
+    base = against.removeprefix('minus ')
+    for name, part in t.groupby('set', sort=False):
+        rows = part[part[against] != '']
+        seen, least = rows[_beyond_zero(rows['95 % interval'])], _numbers(rows['smallest visible'])
+        yield (f'{name}: ' + (f'{_names(seen.arm)} differ{"s" * (len(seen) == 1)} visibly from {base}'
+                              if len(seen) else f'no arm differs visibly from {base}')
+               + f'; from {least.min():.2f} to {least.max():.2f} dB could have been seen.')
+
+def _of_losses(t):
+    for name, part in t.groupby('set', sort=False):
+        for what, rows in part[part['weights instead'].isin(['nothing', 'the plain mean'])].groupby('weights instead'):
+            yield f'{name}, {what} instead of attention: ' + '; '.join(
+                f'{n} loses {loss} dB' + ('' if seen else ' (not visible)') for n, loss, seen
+                in zip(rows.network, rows['loss, dB'], _beyond_zero(rows['95 % interval']))) + '.'
+
+def _of_likeness(t):
+    for name, part in t.groupby('set', sort=False):
+        span = lambda c: f'{_numbers(part[c]).min():.2f} to {_numbers(part[c]).max():.2f}'
+        best = part.loc[_numbers(part['attention']).idxmax()]
+        yield (f"{name}: what attention matches correlates with the truth at the query by {span('attention')} (most in "
+               f"{best.network}, {best.kind}), random patches by {span('random')}, the nearest patch of the input "
+               f"by {span('nearest in LR pixels')}.")
+
+def _of_temperatures(t):
+    change = _numbers(t['minus trained, dB'])
+    kept = t[t['minus trained, dB'] == '']
+    keys = [f'{k} effective keys with patches of {p}' for k, p in zip(kept['effective keys (median)'], kept.patch)]
+    yield (f'From {t.temperature.iloc[0]} to {t.temperature.iloc[-1]} times the trained temperature PSNR changes by '
+           f'{change.min():+.3f} to {change.max():+.3f} dB. As trained, the median query has {_names(keys)}.')
+
+def findings(
+    folder:Path,   # of a study, tables collected
+)->list:           # of sentences; none where the tables are of another kind
+    "What the tables of a study say"
+    import pandas as pd
+    kinds = dict(arms=_of_arms, losses=_of_losses, likeness=_of_likeness, temperature=_of_temperatures)
+    return [s for name, say in kinds.items() if (folder/'tables'/f'{name}.csv').is_file()
+            for s in say(pd.read_csv(folder/'tables'/f'{name}.csv', dtype=str, keep_default_na=False))]
+
 # %% ../../nbs/reproduce/06_report.ipynb #c7ae60d4
 GALLERIES = [('study', 'differences', 'Differences'), ('train', 'training', 'Training'),     # kind of run, id, heading
              ('evaluate', 'pictures', 'Pictures'), ('attention_maps', 'attention', 'Attention maps'),
@@ -202,7 +258,7 @@ def write_report(
     shown = describe(folder, runs, failures, committed)
     page = fill_page(
         'report', title=preset['title'], about=preset['about'], time=now(), env=env, preset=preset['name'],
-        failures=failures, waiting=waiting, total=len(names), committed=committed,
+        failures=failures, waiting=waiting, total=len(names), committed=committed, found=findings(folder),
         spent=f'{minutes:.1f} min', machine=machine(env),
         commands=commands(preset, env, next((t['name'] for t in shown['tables']), '')), **shown)
     return write_bytes(folder/'index.html', page.encode())
