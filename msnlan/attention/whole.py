@@ -21,8 +21,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
-from .kernels import (BITS, BYTES, HALF, LN2A, LN2B, ONE, ROWS, _box_block, _exp, _float_of, _jit, dot_line,
-                                      f32, gemm, max_line, rescale_line)
+from .kernels import (BITS, BYTES, HALF, LN2A, LN2B, ONE, ROWS, Matrix, _box_block, _exp, _float_of,
+                                      _jit, dot_line, f32, gemm, max_line, rescale_line)
 
 # %% ../../nbs/attention/03_whole.ipynb #c35dbb3e
 _box1, _box2, _box3, _box4, _box5, _box6, _box7 = [_box_block(k, BITS) for k in range(1, 8)]
@@ -269,7 +269,8 @@ def score_walk(plan, keys, query, factor, scores, top, total, tops, tile, ring, 
     for g in range(plan.rows + r):
         if g < plan.rows:
             to, at = (tile, FRONT) if r else (scores, plan.start + g*plan.cols*stride)
-            gemm(keys, g*plan.tile*c, c, query, 0, n, to, at, stride, plan.tile, c, n, False)
+            gemm(Matrix(keys, g*plan.tile*c, c), Matrix(query, 0, n), Matrix(to, at, stride),
+                 plan.tile, c, n, False)
             if r: column_sums(plan, tile, FRONT, ring, (g % p)*slot)
         u = g - r
         if u < 0: continue
@@ -362,7 +363,8 @@ def value_walk(plan, values, weights, tops, top, inverse, out, tile, ring, offse
         if u < 0: continue
         a, at = (tile, FRONT) if r else (weights, plan.start + u*plan.cols*stride)
         if r: row_sums(plan, u, ring, offsets, tile)
-        gemm(values, u*C*plan.cols, plan.cols, a, at, stride, out, 0, n, C, plan.cols, n, True)
+        gemm(Matrix(values, u*C*plan.cols, plan.cols), Matrix(a, at, stride), Matrix(out, 0, n),
+             C, plan.cols, n, True)
 
 # %% ../../nbs/attention/03_whole.ipynb #80fa5ef6
 @_jit
@@ -378,7 +380,8 @@ def value_gradient(plan, weights, gradient, dvalues, tile, ring, offsets):
         if u < 0: continue
         a, at = (tile, FRONT) if r else (weights, plan.start + u*plan.cols*stride)
         if r: row_sums(plan, u, ring, offsets, tile)
-        gemm(a, at, stride, gradient, 0, CN, dv, u*plan.tile*CN, CN, plan.tile, n, CN, False)
+        gemm(Matrix(a, at, stride), Matrix(gradient, 0, CN), Matrix(dv, u*plan.tile*CN, CN),
+             plan.tile, n, CN, False)
 
 # %% ../../nbs/attention/03_whole.ipynb #5de553b5
 @_jit
@@ -391,7 +394,8 @@ def weight_gradient(plan, values, gradient, weights, dweights, mean, tile, ring,
     for g in range(plan.rows + r):
         if g < plan.rows:
             to, at = (tile, FRONT) if r else (dweights, plan.start + g*plan.cols*stride)
-            gemm(values, g*plan.tile*C, C, gradient, 0, n, to, at, stride, plan.tile, C, n, False)
+            gemm(Matrix(values, g*plan.tile*C, C), Matrix(gradient, 0, n), Matrix(to, at, stride),
+                 plan.tile, C, n, False)
             if r: column_sums(plan, tile, FRONT, ring, (g % p)*slot)
         u = g - r
         if u < 0: continue
@@ -429,8 +433,10 @@ def score_gradient(plan, weights, dweights, mean, shift, factor, keys, query, dq
         if u < 0: continue
         a, at = (tile, FRONT) if r else (dweights, plan.start + u*plan.cols*stride)
         if r: row_sums(plan, u, ring, offsets, tile)
-        gemm(keys, u*c*plan.cols, plan.cols, a, at, stride, dq, 0, n, c, plan.cols, n, True)
-        gemm(a, at, stride, query, 0, CN, dk, u*plan.tile*CN, CN, plan.tile, n, CN, False)
+        gemm(Matrix(keys, u*c*plan.cols, plan.cols), Matrix(a, at, stride), Matrix(dq, 0, n),
+             c, plan.cols, n, True)
+        gemm(Matrix(a, at, stride), Matrix(query, 0, CN), Matrix(dk, u*plan.tile*CN, CN),
+             plan.tile, n, CN, False)
 
 # %% ../../nbs/attention/03_whole.ipynb #ae777277
 KEEP = 3 << 25   # bytes of weights that a call may keep for its backward pass
