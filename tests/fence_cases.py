@@ -28,15 +28,28 @@ def fenced(a, before):
     return copy
 
 
+def each_array(f, value):
+    "f on an array, on the arrays of a named tuple, or on nothing"
+    if isinstance(value, np.ndarray): return f(value)
+    return type(value)(*[each_array(f, v) for v in value]) if hasattr(value, '_fields') else value
+
+
+def arrays(value):
+    "An array, or those of a named tuple, in order"
+    found = []
+    each_array(found.append, value)
+    return found
+
+
 def fence(module, name, before, calls):
     "Let a kernel work on fenced copies of its arrays, which are copied back"
     kernel = getattr(module, name)
     def call(*args):
-        copies = [fenced(a, before) if isinstance(a, np.ndarray) else a for a in args]
+        copies = [each_array(lambda a: fenced(a, before), a) for a in args]
         out = kernel(*copies)
         calls[name] = calls.get(name, 0) + 1
         for a, c in zip(args, copies):
-            if isinstance(a, np.ndarray): a[...] = c
+            for mine, used in zip(arrays(a), arrays(c)): mine[...] = used
         return out
     setattr(module, name, call)
 

@@ -35,7 +35,7 @@ def test_drawn_problems(examples):
     "Equal to the definition with every gradient, however the work is cut; hypothesis draws always the same problems"
     seen = dict(word.split('=') for word in by_interpreter(ROOT/'tests/fused_property.py', examples, seconds=3000).split())
     assert sum(int(seen[k]) for k in ('whole', 'strips', 'strips_of_keys')) >= examples
-    assert examples < 100 or min(map(int, seen.values())) > 10, seen                      # every way was met
+    assert examples < 100 or min(map(int, seen.values())) >= 5, seen                      # every way was met
 
 
 def test_two_processes_share_a_batch():
