@@ -96,6 +96,25 @@ def test_experiments_hold_no_untested_logic(path):
         assert not any(isinstance(n, ast.While) for n in ast.walk(tree)), f'cell {i} has a loop without end'
 
 
+def unchecked(path:Path)->list:   # of runs: a name for each cell
+    "Runs of more than three exported cells without a check below; a class of data alone is not counted"
+    runs, run = [], []
+    for c in nbformat.read(path, as_version=4).cells:
+        if c.cell_type != 'code': continue
+        if c.source.startswith('#| export'):
+            made = [n.name for n in ast.parse(c.source).body if isinstance(n, ast.FunctionDef)
+                    or isinstance(n, ast.ClassDef) and any(isinstance(m, ast.FunctionDef) for m in n.body)]
+            run += made[:1]
+        elif 'test_' in c.source or 'assert' in c.source: runs.append(run); run = []
+    return [r for r in [*runs, run] if len(r) > 3]
+
+
+def test_a_check_stands_under_what_it_checks():
+    "Never more than three exported cells without one"
+    found = {str(p.relative_to(ROOT)): r for p in NOTEBOOKS if not {'experiments', '_book'} & {*p.parts} and (r := unchecked(p))}
+    assert found == {}, 'a short check directly under one of them, see CONTRIBUTING.md'
+
+
 def test_no_large_files_and_no_local_paths():
     files = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True)
     if files.returncode: pytest.skip('not a git checkout')
