@@ -232,13 +232,16 @@ class CSNLN(Network):
     def features(self, x:Tensor)->Tensor:
         H, W = x.shape[2:]
         step = self.cell.factor                                            # a stage reduces the map by it
-        x = F.pad(x, (0, -W%step, 0, -H%step), mode='replicate')
+        rows, cols = [torch.arange(n + -n%step, device=x.device).clamp(max=n-1) for n in (H, W)]
+        x = x[:, :, rows][..., cols]                                       # edges repeated; as indices, to be exported
         x, seen = self.head(self.entry(x)), []
         for _ in range(self.rounds):
             x, h = self.cell(x)                                            # h: (N, C, s*H, s*W)
             seen.append(h)
         y = self.exit(self.tail(torch.cat(seen, 1)))
-        return y[..., :self.scale*H, :self.scale*W]
+        if not torch.compiler.is_exporting(): return y[..., :self.scale*H, :self.scale*W]
+        for axis, n in ((2, H), (3, W)): y = y.index_select(axis, torch.arange(self.scale*n, device=y.device))
+        return y                                                           # a slice would fix whether W is a multiple
 
     @staticmethod
     def infer(state:dict)->dict:

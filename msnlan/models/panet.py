@@ -22,7 +22,7 @@ def level_size(
     level:int, # 0, 1, ...
 )->int:        # length at that level, at least 1
     "floor(n*(1 - level/10)) in double precision"
-    return max(1, math.floor(n*(1 - level/10)))
+    return max(1, math.trunc(n*(1 - level/10)))   # the same, and an exported program can hold it
 
 # %% ../../nbs/models/03_panet.ipynb #b9e7003e
 def reduce(
