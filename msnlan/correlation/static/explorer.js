@@ -269,13 +269,13 @@ class Panel {
   }
 
   update(state) {
-    const { options, scene } = state, panel = state.panels[this.index], layers = scene.layers[this.index];
-    if (!layers) return;
+    const { options, scene } = state, panel = state.panels[this.index], layers = scene.layers[this.index], answer = state.answer.panels[this.index];
+    if (!layers || !answer) return;   // of a panel that is asked for, one can arrive before the other
     fill(this.model, [...options.models, FILE], panel.model, (n) => (n === FILE ? "Weights file \u2026" : n));
     fill(this.layer, layers.map((l) => l[0]), panel.layer);
     fill(this.branch, (layers.find((l) => l[0] === panel.layer) || [0, []])[1], panel.branch);
     this.file.hidden = true;
-    const { map, largest, ...found } = state.answer.panels[this.index];
+    const { map, largest, ...found } = answer;
     this.table = bytes(options.palettes[state.palette]);
     const most = this.app.shared.checked ? Math.max(...this.app.panels.slice(0, state.panels.length).map((p) => p.largestHere || 0)) : this.largestHere;
     this.show = { ...found, largest, most, size: scene.size, picture: state.photograph, point: state.point,
