@@ -219,7 +219,7 @@ class Panel {
       onkeydown: (e) => { if (e.key === "Enter") this.open(); } });
     this.file = make("div", { className: "mx-row", hidden: true }, labelled("Weights file on the kernel's machine", this.path, "mx-wide"),
       make("button", { type: "button", textContent: "Open", onclick: () => this.open() }));
-    this.canvas = make("canvas", { tabIndex: 0, role: "application", className: "mx-picture",
+    this.canvas = make("canvas", { tabIndex: 0, role: "application", className: "mx-picture", "aria-label": "a map that is not shown",
       onkeydown: (e) => app.key(e), onpointerdown: (e) => this.point(e, true), onpointermove: (e) => this.point(e, false),
       onpointerleave: () => app.hover(null) });
     this.stage = make("div", { className: "mx-stage" }, this.canvas);
@@ -534,7 +534,7 @@ class App {
 
   update() {
     const state = this.read();
-    if (!state.scene.size || !state.answer.panels) return;
+    if (!state.scene.size || !state.answer.panels || !state.options.pictures.includes(state.picture)) return;   // the rest is on its way
     state.photograph = this.seen === state.scene ? this.current.photograph : photograph(state.scene);
     this.seen = state.scene; this.current = state;
     const { options, panels } = state;
