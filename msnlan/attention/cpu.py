@@ -110,12 +110,18 @@ class _Level:
         "Elements that the blocks of a strip take"
         p = self.sizes; n = _up(p.group*p.pitch, 16); r = p.patch//2
         return 3*p.patch*p.key_lines*n + 2*((p.key_lines + 2*r)*(n+16) + 64) + 2*p.key_lines*n + n + 256
-    def pair(self, n): return Pair(self.key_rows[n], self.query_line[n])
-    def softmax(self, n): return Softmax(self.factor[n], self.largest[n], self.inverse[n])
+    def pair(self, n):
+        "Keys and queries of picture n"
+        return Pair(self.key_rows[n], self.query_line[n])
+    def softmax(self, n):
+        "What is kept of the weights of picture n, after `set_softmax`"
+        return Softmax(self.factor[n], self.largest[n], self.inverse[n])
     def set_softmax(self, largest, inverse):
         "Statistics (N, H, W) of all levels, laid out for this one"
         self.largest, self.inverse = self.line(largest[:, None])[:, 0], self.line(inverse[:, None])[:, 0]
-    def line(self, x): return _line(x, self.sizes.group, self.sizes.pitch).numpy()
+    def line(self, x):
+        "(N, c, H, W) -> (N, c, columns)"
+        return _line(x, self.sizes.group, self.sizes.pitch).numpy()
     def unline(self, x):
         "(..., columns) -> (..., H, W)"
         p = self.sizes
