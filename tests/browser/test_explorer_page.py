@@ -155,10 +155,10 @@ def full_tour(page, tmp_path):
     assert driver.point() == [24, 41]
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == 'solid', 'the focus can be seen'
 
-    for act in (lambda: driver.label('Colours').select_option('viridis'),
-                lambda: driver.label('Scale').select_option(label='linear'), lambda: driver.label('Opacity of the map').fill('0.3'),
+    second = 'document.querySelectorAll(".mx-picture")[1].toDataURL()'         # its weights are no single key's
+    for act in (lambda: driver.label('Colours').select_option('viridis'), lambda: driver.label('Opacity of the map').fill('0.3'),
+                lambda: driver.label('Scale').select_option(label='linear'),      # beside the first map's one key nothing is left to see
                 lambda: driver.label('Zoom in').click()):
-        second = 'document.querySelectorAll(".mx-picture")[1].toDataURL()'     # its weights are no single key's
         before = page.evaluate(second)
         act()
         page.wait_for_function(f'was => {second} != was', arg=before)
