@@ -9,7 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from msnlan.attention import cpu, kernels, whole
-from msnlan.attention.operator import patch_attention, patch_attention_reference
+from msnlan.attention.definition import patch_attention_reference
+from msnlan.attention.operator import patch_attention
 
 PAGE, LIBC = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
 KERNELS = {cpu: 'statistics forward backward_values backward_scores', whole: 'score_walk value_walk value_gradient weight_gradient '

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from msnlan.attention.operator import patch_attention, patch_attention_reference
+from msnlan.attention.definition import patch_attention_reference
+from msnlan.attention.operator import patch_attention
 
 CASES = {  # (N, c', c, H, W), grids of the keys, value scale, patch, options, entries of an array (0: all at once)
     'levels': ((1, 3, 2, 7, 5), [(7, 6), (4, 5)], 2, 3, {}, 0),

@@ -7,7 +7,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from fused_cases import relative
 from msnlan.attention.gpu import FORMS, cut_work, fused_attention
-from msnlan.attention.operator import patch_attention, patch_attention_reference
+from msnlan.attention.definition import patch_attention_reference
+from msnlan.attention.operator import patch_attention
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 SEEN = dict(whole=0, strips=0, strips_of_keys=0, sparsemax=0)

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file
-from msnlan.attention.operator import attention_map, has_numba, patch_attention, patch_attention_reference, sparsemax
+from msnlan.attention.definition import attention_map, has_numba, patch_attention_reference, sparsemax
+from msnlan.attention.operator import patch_attention
 
 CASES = ['msnlan_csa_k5_c16_q9x14_k12x10', 'msnlan_csa_zerokeys_k3', 'msnlan_branch_k3_c16_13x17_n2',
          'msnlan_branch_k5_c16_13x17_n2', 'msnlan_branch_k7_c16_13x17_n2', 'msnlan_branch_k7_c16_6x4_n1',

@@ -4,7 +4,8 @@ import pytest, torch
 from conftest import ROOT
 from fused_cases import BOUND, CASES, SLOW, check_cases, check_opcheck
 from msnlan.attention import operator
-from msnlan.attention.operator import has_triton, patch_attention
+from msnlan.attention.definition import has_triton
+from msnlan.attention.operator import patch_attention
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason='needs Triton')
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

@@ -2,7 +2,7 @@
 import json, os, subprocess, sys
 import pytest, torch
 from conftest import ROOT, SHARED
-from msnlan.attention.operator import has_triton
+from msnlan.attention.definition import has_triton
 from msnlan.benchmarks import gpu
 
 BLOCKED = '''

@@ -2,7 +2,7 @@
 import os, signal, subprocess, sys
 import pytest
 from conftest import ROOT
-from msnlan.attention.operator import has_numba
+from msnlan.attention.definition import has_numba
 
 pytestmark = [pytest.mark.skipif(not has_numba(), reason='needs numba'), pytest.mark.skipif(sys.platform != 'linux', reason='needs mprotect')]
 KERNELS = 'backward_scores backward_values forward line_thresholds score_gradient score_walk statistics support_count value_gradient value_walk weigh_rows weight_gradient'

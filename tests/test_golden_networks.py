@@ -11,7 +11,7 @@ import torch
 from conftest import ABSENT, ROOT
 from golden_cases import (BLOCK_CASES, CASES, GOLDEN, NETWORK_CASES, SMALL, build, check_gradients, check_outputs, has_gradients, hashed,
                           read, run)
-from msnlan.attention.operator import attention_map, has_triton, sparsemax
+from msnlan.attention.definition import attention_map, has_triton, sparsemax
 from msnlan.models.layers import PatchAttention
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from msnlan.attention.operator import attention_map
+from msnlan.attention.definition import attention_map
 from msnlan.correlation.interventions import WEIGHTINGS, contributions, intervened, layers_named
 from msnlan.models.csnln import CrossScaleAttention, InScaleAttention
 from msnlan.models.hspan import HSPA

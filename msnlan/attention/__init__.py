@@ -10,6 +10,6 @@ from ..basics import face
 
 # %% ../../nbs/attention/index.ipynb #a270b45f
 _rooms = dict(
-    operator=('patch_attention', 'patch_attention_reference', 'attention_map', 'sparsemax', 'weigh',
-       'key_norm', 'diagonal_sum', 'choose'))
+    definition=('patch_attention_reference', 'attention_map', 'sparsemax', 'weigh', 'key_norm', 'diagonal_sum'),
+    operator=('patch_attention', 'choose'))
 __getattr__, __dir__ = face('msnlan.attention', _rooms)

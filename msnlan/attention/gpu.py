@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from .operator import has_triton, key_norm
+from .definition import has_triton, key_norm
 
 # %% ../../nbs/attention/05_gpu.ipynb #f7183878
 def interpreted()->bool:

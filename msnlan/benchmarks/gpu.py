@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from ..attention.operator import has_triton, patch_attention, patch_attention_reference
+from ..attention.definition import has_triton, patch_attention_reference
+from ..attention.operator import patch_attention
 from ..basics import markdown_table, package_folder, write_bytes, write_json
 from .operator import bare_minimum, build, cases, measured_on, plot
 from .training import build_step, projected_hours

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..basics import device_name, markdown_table, peak_memory, reset_peak, write_json
-from ..attention.operator import has_numba, patch_attention, patch_attention_reference, weigh
+from ..attention.definition import has_numba, patch_attention_reference, weigh
+from ..attention.operator import patch_attention
 
 # %% ../../nbs/benchmarks/00_operator.ipynb #e8719fc2
 def bare_minimum(query, keys, values, patch=3, softmax_scale=10., divisor=1., normalize_keys=True,

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..attention.operator import box_scores, has_numba, key_norm, patch_attention, weigh
+from ..attention.definition import box_scores, has_numba, key_norm, weigh
+from ..attention.operator import patch_attention
 from .maps import Grid
 from .recording import as_picture, key_grid
 from .strips import Strips, factors, largest

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import rc_context
 
-from ..attention.operator import attention_map, key_norm, weigh
+from ..attention.definition import attention_map, key_norm, weigh
 from .drawing import STYLE, mark_query, new_figure, scale_bar, show_map, show_picture, span
 from ..images import imread, to_image, to_tensor, with_channels
 from ..inference import TO_YCC, evaluating

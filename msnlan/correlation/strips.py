@@ -11,7 +11,7 @@ import functools
 import numpy as np
 import torch
 
-from ..attention.operator import box_scores, has_numba, key_norm, weigh
+from ..attention.definition import box_scores, has_numba, key_norm, weigh
 
 # %% ../../nbs/correlation/02_strips.ipynb #edaa22db
 def factors(

@@ -18,7 +18,7 @@ from ..basics import write_bytes
 from .maps import Grid
 from .recording import Call, Features
 from .strips import Strips
-from ..attention.operator import weigh
+from ..attention.definition import weigh
 
 # %% ../../nbs/correlation/06_surveys.ipynb #97266c03
 NUMBERS = dict(effective_keys='effective keys', entropy='entropy (nats)', distance='mean distance (pixels)',

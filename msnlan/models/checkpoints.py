@@ -14,7 +14,7 @@ import torch
 from torch import nn, Tensor
 from safetensors import SafetensorError, safe_open
 
-from ..attention.operator import NORM_FLOOR
+from ..attention.definition import NORM_FLOOR
 from .names import authors_names
 
 # %% ../../nbs/models/06_checkpoints.ipynb #b185c471
