@@ -71,7 +71,8 @@ def step_budget(
 )->Budget:
     "Parameters, peak memory and operations of a step of one process"
     from torch._subclasses import FakeTensorMode
-    with FakeTensorMode(), FusedStep() as step, FlopCounterMode(display=False) as count:
+    # a network that fills up what it lacks counts the other's parameters on 'meta' while it is made
+    with FakeTensorMode(allow_non_fake_inputs=True), FusedStep() as step, FlopCounterMode(display=False) as count:
         scale = {} if cfg.model_config.get('task', 'sr') != 'sr' else dict(scale=cfg.scale)
         net = create_model(cfg.model, **scale, **cfg.model_config)
         for m in net.modules():
