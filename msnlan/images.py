@@ -7,7 +7,6 @@ __all__ = ['imread', 'with_channels', 'imwrite', 'rgb_to_luma', 'modcrop', 'cubi
            'to_image']
 
 # %% ../nbs/01_images.ipynb #cd7e3317
-import logging
 import os
 import tempfile
 from functools import lru_cache
@@ -16,16 +15,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.sparse import csr_array
-
-for _name in ('PIL', 'tifffile'): logging.getLogger(_name).addHandler(logging.NullHandler())   # odd tags, on stderr
+from .photos import check_picture, deep_tiff
 
 # %% ../nbs/01_images.ipynb #14748245
 def _flatten(
     pic:Image.Image,  # a loaded Pillow picture of any mode
 )->Image.Image:       # mode 'L' or 'RGB'
     "Palette, alpha, 1-bit, 16-bit and CMYK pictures as plain 8-bit grey or RGB"
-    if pic.mode.startswith('I;16'):
-        return Image.fromarray((np.asarray(pic).astype(np.uint16) >> 8).astype(np.uint8))
+    if pic.mode.startswith('I;16'): return _high_bytes(np.asarray(pic).astype(np.uint16))
     if pic.mode in ('I', 'F'):
         raise ValueError(f'expected 8 or 16 bits a channel, found 32 (mode {pic.mode}); convert it first')
     if 'transparency' in pic.info or pic.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La'):
@@ -39,14 +36,11 @@ def _flatten(
     return pic.convert('L') if pic.mode in ('1', 'L') else pic.convert('RGB')
 
 # %% ../nbs/01_images.ipynb #a56b73f6
-def _read_tiff16(
-    path:Path,     # a TIFF that Pillow cannot decode: 16 bits in three channels
-)->Image.Image:    # mode 'L' or 'RGB'
-    "High byte of a 16-bit TIFF, through tifffile (a dependency of scikit-image)"
-    import tifffile
-    img = tifffile.imread(path)
-    if img.dtype != np.uint16 or img.ndim not in (2, 3) or (img.ndim == 3 and img.shape[-1] != 3):
-        raise ValueError(f'expected 8 or 16 bits in 1 or 3 channels, found {img.dtype} of shape {img.shape}')
+def _high_bytes(
+    img:np.ndarray,   # uint16, (H, W) or (H, W, 3)
+)->Image.Image:       # mode 'L' or 'RGB'
+    "A picture of 16 bits as one of 8"
+    if img.ndim == 3 and img.shape[-1] != 3: raise ValueError(f'expected 1 or 3 channels of 16 bits, found {img.shape[-1]}')
     return Image.fromarray((img >> 8).astype(np.uint8))
 
 # %% ../nbs/01_images.ipynb #671a1c3d
@@ -64,10 +58,13 @@ def imread(
     if not path.is_file(): raise FileNotFoundError(f'expected a picture at {path}, found nothing there')
     try:
         try:
-            with Image.open(path) as f: pic = _flatten(ImageOps.exif_transpose(f))
+            with Image.open(path) as f:
+                check_picture(f, path.stat().st_size)
+                pic = _flatten(ImageOps.exif_transpose(f))
         except UnidentifiedImageError:
             if path.suffix.lower() not in ('.tif', '.tiff'): raise
-            pic = _read_tiff16(path)
+            pic = _high_bytes(deep_tiff(path.read_bytes()))
+    except MemoryError: raise
     except Exception as e:  # Pillow raises many kinds: OSError, SyntaxError, struct.error, zlib.error ...
         raise ValueError(f'expected a whole picture in {path}, found {path.stat().st_size} bytes that do not '
                          f'decode ({" ".join(str(e).split())}); replace the file') from e

@@ -122,9 +122,11 @@ def as_rotated(
 # %% ../nbs/07_photos.ipynb #bef64e5e
 def check_picture(
     f:Image.Image,   # opened, not loaded
+    size:int,        # bytes of its file
 ):
-    "`check_size`, and `check_tiff` for a TIFF"
+    "`check_content`, `check_size`, and `check_tiff` for a TIFF"
     (w, h), tags = f.size, getattr(f, 'tag_v2', {})
+    check_content(h*w, size)
     check_size(h, w, len(f.getbands()), 4 if f.mode in ('I', 'F') else 1)
     if f.format != 'TIFF': return
     planes = len(f.getbands()) if tags.get(284) == 2 else 1
@@ -142,8 +144,7 @@ def decode(
         if data[:4] not in (b'II*\0', b'MM\0*'): raise
         return Photo(*map(_contiguous, split_alpha(deep_tiff(data))))
     with f:
-        check_picture(f)
-        check_content(f.width*f.height, len(data))
+        check_picture(f, len(data))
         frames, profile, turn = getattr(f, 'n_frames', 1), f.info.get('icc_profile'), f.getexif().get(274, 1)
         note = f'the first of {frames} frames' if frames > 1 else ''
         if f.mode == 'CMYK': profile, note = None, 'CMYK made RGB, its profile left behind'

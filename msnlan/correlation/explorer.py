@@ -101,8 +101,8 @@ class Explorer(Requests):
         model='msnlan-tiny-x2',  # a name of `model_names`, a weights file, or a network
         layer:str='',            # as in the list of layers; none: the first
         branch:str='',           # as in the list of branches; none: the first
-        against=None,            # model, layer, branch of a second panel, or a list of up to three;
-                                 # what is missing is as in the first
+        against=None,            # a second panel's model, or a dictionary of model, layer, branch where what is missing
+                                 # is as in the first; or a list of up to three
         point:tuple|None=None,   # query pixel (row, column) of the reduced picture; none: the middle
         side:int=128,            # longest side of the picture that the networks see, pixels
         **view,                  # matches, quantity, opacity, palette, decades, zoom: see `Shared`
@@ -113,7 +113,8 @@ class Explorer(Requests):
         self.lock, self.calm.on = threading.RLock(), True
         super().__init__(side=side, **view)
         first = dict(model=model, layer=layer, branch=branch)
-        others = [against] if isinstance(against, dict) else against or []
+        if not isinstance(against, (list, tuple)): against = [] if against is None else [against]
+        others = [o if isinstance(o, dict) else dict(model=o) for o in against]
         panels = [first, *(first | other for other in others)]
         with self.changing():
             self.picture = self.desk.take_picture(picture)
