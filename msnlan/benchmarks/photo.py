@@ -94,7 +94,7 @@ def as_markdown(report:dict)->str:
         said = [f"{size(s)} {s['method']}, about {s['cpu_seconds']/60:.0f} min of a processor"
                 + (f" and {s['peak_mb']/1000:.1f} GB" if 'peak_mb' in s else '') for s in left]
         most = max(s['cpu_seconds'] for s in left)/60
-        lines += ['', 'Not run but forecast from the largest size that was (time by the square of the pixels, memory by '
+        lines += ['', 'Not run but forecast from the largest size that was (time by the square of pixels, memory by '
                   f"a line): {'; '.join(said)}. `msnlan bench photo --minutes {most*1.2:.0f}` runs it."]
     return '\n'.join(lines) + '\n'
 
