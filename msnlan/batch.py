@@ -8,7 +8,7 @@ __all__ = ['OVERLAP', 'WHOLE', 'SIDE', 'free_on', 'pixel_cost', 'spans', 'tile_s
            'with_targets', 'convert', 'one_line', 'convert_all']
 
 # %% ../nbs/08_batch.ipynb #de8e6934
-import glob, os, sys
+import glob, os, re, sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -242,10 +242,12 @@ def with_targets(
     ending:str,    # added to each name: '_x2'
 )->list:           # of Task
     "Where each result goes: PNG in a folder, with its source's ending in the name where two would be one"
-    kinds = {*SUFFIXES, '.gif'}
-    if out == '-' or (len(tasks) == 1 and Path(out).suffix.lower() in kinds and not os.path.isdir(out)):
+    named = re.fullmatch('[.][a-z]{2,4}', Path(out).suffix.lower()) and not out.endswith('/') and not os.path.isdir(out)
+    if out == '-' or (len(tasks) == 1 and named):
         if len(tasks) > 1: raise ValueError(f'-o - takes one picture, found {len(tasks)}; expected a folder')
-        if out != '-': format_of(out)
+        try:
+            if out != '-': format_of(out)
+        except ValueError as e: raise ValueError(f'-o {out}: {e}; a folder is written {out}/') from None
         return [replace(t, target=out) for t in tasks]
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f'-o {out} is a file; expected a folder for {len(tasks)} pictures')

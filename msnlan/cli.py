@@ -7,7 +7,7 @@ __all__ = ['plain', 'app', 'Parameters', 'DataRoot', 'Out', 'Listed', 'models_ap
            'Device', 'Overwrite', 'AtOnce', 'data_app', 'SetName', 'parse_parameters', 'use_data_root', 'run_command',
            'predict', 'train', 'evaluate', 'attention', 'story', 'tables', 'explore', 'reproduce', 'init', 'why', 'job',
            'models', 'models_card', 'score', 'apply_network', 'upscale', 'restore', 'export', 'data_list', 'data_fetch',
-           'data_verify', 'bench', 'main']
+           'data_verify', 'bench', 'error_line', 'main']
 
 # %% ../nbs/05_cli.ipynb #7a03a0a0
 import os, sys
@@ -135,7 +135,9 @@ def story(
     parameter:Parameters=None, data_root:DataRoot=None, out:Out=None, listed:Listed=False,
     page:Annotated[Optional[Path], typer.Option(help='Folder for the page; default: beside the results')]=None,
 ):
-    """What attention sees: one picture, five systems, and what happens without: notebook `what_attention_sees`.
+    """A page on what attention sees in one picture.
+
+    Five systems, and what happens without: notebook `what_attention_sees`.
 
     Example: msnlan story -p picture=coffee --page reports/attention
     """
@@ -163,7 +165,9 @@ def explore(
     browser:Annotated[bool, typer.Option(help='Open the page in a browser')]=True,
     idle:Annotated[float, typer.Option(help='Minutes after which the kernel of a closed page ends')]=20,
 ):
-    """Click in attention maps: a page on this machine only, made by voila, until Ctrl+C.
+    """Click in attention maps, on a page of this machine.
+
+    Made by voila for this machine only, until Ctrl+C.
 
     Example: msnlan explore photo.jpg --port 8866
     """
@@ -190,7 +194,9 @@ def reproduce(
     profile:Annotated[Optional[str], typer.Option(help='A Snakemake profile: slurm, or a folder of your own')]=None,
     list_:Annotated[bool, typer.Option('--list', help='Only list the presets, a line each')]=False,
 ):
-    """Bring a preset up to date, from training to the report page; the same command goes on after a kill.
+    """Bring a preset up to date, from training to its report.
+
+    The same command goes on after a kill.
 
     Example: msnlan reproduce smoke
     """
@@ -238,7 +244,9 @@ def why(
     cell:Annotated[str, typer.Argument(help="TABLE.csv[ROW,COLUMN]; a row is its first word or its number from 1")],
     data_root:DataRoot=None,
 ):
-    """Print the trail of one cell: runs, notebooks, parameters, inputs, each hash compared with the file.
+    """Print the trail of one cell of a table.
+
+    Runs, notebooks, parameters, inputs; each hash is compared with the file.
 
     Example: msnlan why 'reports/quick/tables/scores_cnn.csv[msnlan-x2,skimage-test x2]'
     """
@@ -263,7 +271,9 @@ app.add_typer(models_app, name='models')
 
 @models_app.callback(invoke_without_command=True)
 def models(context:typer.Context):
-    """The weights that come with the package and what they score; the systems and variants: parameters, tasks, scales.
+    """Weights that come with the package; systems to train.
+
+    The weights with what they score; the systems and variants with parameters, tasks and scales.
 
     Example: msnlan models
     """
@@ -308,7 +318,9 @@ def score(
     data_root:DataRoot=None,
     out:Annotated[Optional[Path], typer.Option('-o', '--out', help='CSV with a row per picture')]=None,
 ):
-    """Score pictures made by any other program (protocol `cnn`: luma, `scale` pixels cut from each border).
+    """Score pictures made by any other program.
+
+    Protocol `cnn`: luma, `scale` pixels cut from each border.
 
     Example: msnlan score results/Set5_x4 --dataset Set5 --scale 4 --data-root DATA
     """
@@ -349,7 +361,7 @@ def apply_network(nets:list, pictures:list, out:str, what:str, device:str|None, 
     notes, errors = convert_all(tasks, nets, **how)
     for line in notes: typer.echo(f'note: {line}', err=True)
     done, n = len(tasks) - len(errors), len(tasks)
-    typer.echo(f"{done} picture{'s'*(done != 1)}, {what}: {out}", err=out == '-')
+    if done: typer.echo(f"{done} picture{'s'*(done != 1)}, {what}: {out}", err=out == '-')
     if errors and n == 1: raise ValueError(errors[0])
     for line in errors: typer.echo(f'failed: {line}', err=True)
     if errors: raise ValueError(f'{len(errors)} of {n} pictures failed, the first: {errors[0]}')
@@ -363,7 +375,9 @@ def upscale(
     scale:Annotated[int, typer.Option(help='Magnification: 2, 3, 4, or 8 as 2 after 4')]=2,
     tile:Tile='auto', self_ensemble:SelfEnsemble=False, device:Device=None, overwrite:Overwrite=False, jobs:AtOnce=1,
 ):
-    """Super-resolve pictures; alpha, profile, grey and 16 bits are kept where the format has them.
+    """Super-resolve pictures.
+
+    Alpha, profile, grey and 16 bits are kept where the format has them.
 
     Example: msnlan upscale photo.jpg -o photo-x2.png --scale 2
     """
@@ -388,7 +402,7 @@ def restore(
 ):
     """Denoise, demosaic or clean pictures of JPEG's marks.
 
-    Example: msnlan restore noisy.png -o clean.png --model panet-denoise.pt
+    Example: msnlan restore noisy.png -o clean.png --model panet-tiny-denoise-30
     """
     from msnlan.reproduce.runs import model_by_name
     net, label, _ = model_by_name(model, 1)
@@ -414,25 +428,32 @@ def export(
 
 # %% ../nbs/05_cli.ipynb #1a7a0dee
 data_app = typer.Typer(no_args_is_help=True, **plain,
-                       help='Benchmark and training sets: where from, checksums, what is here.')
+                       help='Benchmark and training sets: sources, checksums, state.')
 app.add_typer(data_app, name='data')
 SetName = Annotated[str, typer.Argument(help='A set, as in `msnlan data list`')]
 
 # %% ../nbs/05_cli.ipynb #cde45fb1
 @data_app.command('list')
-def data_list(data_root:DataRoot=None):
+def data_list(
+    data_root:DataRoot=None,
+    sources:Annotated[bool, typer.Option('--sources', help='Only say where each set is from')]=False,
+):
     """Every known set, and how much of it is here.
 
     Example: msnlan data list
     """
     from msnlan.data.fetching import data_table
     use_data_root(data_root)
-    typer.echo(data_table().to_string(index=False))
+    for r in data_table().itertuples():
+        line = f"{r.set:17} {r.use:6} {f'{r.on_disk} of {r.pictures}':>10} {r.megabytes:>7} MB  {r.terms}"
+        typer.echo(f'{r.set:17} {r.source}' if sources else line)
 
 # %% ../nbs/05_cli.ipynb #5a76bdd0
 @data_app.command('fetch')
 def data_fetch(name:SetName, data_root:DataRoot=None):
-    """Download a set, with checksums; nothing half-written gets its final name.
+    """Download a set, with checksums.
+
+    Nothing half-written gets its final name.
 
     Example: msnlan data fetch Set5 --data-root DATA
     """
@@ -450,6 +471,9 @@ def data_verify(name:SetName, data_root:DataRoot=None):
     use_data_root(data_root)
     t = verify(name)
     bad = t[t.state != 'ok']
+    if (t.state == 'missing').all():
+        raise FileNotFoundError(f'{name}: expected {len(t)} pictures, found none here; msnlan data fetch {name}, '
+                                'or --data-root of the folder that has it')
     if len(bad): raise ValueError(f'{name}: expected {len(t)} pictures as registered, found {len(bad)} otherwise: '
                                   + ', '.join(f'{r.picture} {r.state}' for r in bad.head(5).itertuples()))
     typer.echo(f'{name}: {len(t)} pictures, all as registered')
@@ -462,7 +486,7 @@ def bench(
     minutes:Annotated[float, typer.Option(help='gpu: no new task after them; photo: no picture that takes longer')]=10.,
     interpret:Annotated[bool, typer.Option('--interpret', help="gpu: all of it at toy sizes, without one")]=False,
 ):
-    """Time and memory of the operator, of training steps, of a photograph; all that a GPU has to show.
+    """Time and memory: operator, training, photograph, GPU.
 
     Example: msnlan bench gpu
     """
@@ -474,13 +498,26 @@ def bench(
     import_module(f'msnlan.benchmarks.{rooms[what]}').benchmark(out, **more)
 
 # %% ../nbs/05_cli.ipynb #117d8c0b
+def error_line(e)->str|None:   # none: a mistake of ours
+    "What a person can mend, in one line"
+    if type(e).__name__ == 'Abort': return 'stopped'
+    if hasattr(e, 'format_message'):     # of the command line itself, by whichever click typer uses
+        path = e.ctx.command_path if getattr(e, 'ctx', None) else 'msnlan'
+        return f"{e.format_message().rstrip('.')}; {path} --help says what there is"
+    from msnlan.reproduce.provenance import RunError
+    mended = ValueError, OSError, RunError, ImportError, MemoryError
+    return ' '.join(str(e).split()) if isinstance(e, mended) else None
+
+# %% ../nbs/05_cli.ipynb #a20d6067
 def main():
     "Entry point: one line and exit status 1 for what the caller can mend"
-    try: app()
+    try: raise SystemExit(app(standalone_mode=False) or 0)
     except Exception as e:
-        from msnlan.reproduce.provenance import RunError
-        if not isinstance(e, (ValueError, OSError, RunError, ImportError, MemoryError)): raise
-        print('msnlan: ' + ' '.join(str(e).split()), file=sys.stderr)
+        if type(e).__name__ == 'NoArgsIsHelpError':
+            getattr(e, 'show')()
+            raise SystemExit(getattr(e, 'exit_code')) from None
+        if (line := error_line(e)) is None: raise
+        print(f'msnlan: {line}', file=sys.stderr)
         raise SystemExit(1)
 
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -8,7 +8,7 @@ __all__ = ['WITH_ALPHA', 'WITH_16', 'Photo', 'deep_png', 'check_tiff', 'check_si
            'fit_format', 'encode', 'write_photo']
 
 # %% ../nbs/07_photos.ipynb #62e12481
-import logging, os, struct, tempfile, warnings, zlib
+import logging, os, re, struct, tempfile, warnings, zlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -175,7 +175,7 @@ def read_photo(
             photo = decode(path)
     except MemoryError as e: raise MemoryError(f'{name}: {e}') from None
     except Exception as e:                      # Pillow raises many kinds
-        why = ' '.join(str(e).split()).replace('<_io.BytesIO object', '<the file')[:200] or type(e).__name__
+        why = re.sub(' <_io.BytesIO[^>]*>', '', ' '.join(str(e).split()))[:200] or type(e).__name__
         raise ValueError(f'{name}: expected a whole picture, found {len(path)} bytes '
                          f'that do not decode ({why})') from e
     if 0 in photo.pixels.shape: raise ValueError(f'{name}: expected a picture, found one without pixels')

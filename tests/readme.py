@@ -35,6 +35,7 @@ def readme()->str:
     nb.cells = [c for c in nb.cells if c.cell_type != 'raw' and '#| hide' not in c.source and '#| default_exp' not in c.source]
     for c in nb.cells:
         if c.cell_type == 'code': c.outputs = []
+    nb.metadata.language_info = dict(name='python')
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = text.replace('](images/', '](nbs/images/')   # pictures lie beside the notebook
     text = text.replace('<!-- networks -->', networks()).replace('<!-- photograph -->', photograph())

@@ -74,7 +74,9 @@ def test_targets_that_cannot_be(msnlan, tmp_path):
     refused(msnlan('upscale', 'a.png', '-o', 'file/b.png'), 'file')
     refused(msnlan('upscale', 'a.png', '-o', 'file'), 'file', 'expected a folder')
     refused(msnlan('upscale', 'a.png', '-o', 'b.gif'), 'expected a name ending in')
-    refused(msnlan('upscale', 'none.png', '-o', 'b.png'), 'none.png', 'found nothing')
+    refused(msnlan('upscale', 'a.png', '-o', 'b.txt'), 'expected a name ending in', 'a folder is written b.txt/')
+    refused(found := msnlan('upscale', 'none.png', '-o', 'b.png'), 'none.png', 'found nothing')
+    assert found[1] == '', 'nothing is said to be made'
     refused(msnlan('upscale', '*.webp', '-o', 'out'), 'has no pictures')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.png', 'file']
 
@@ -86,6 +88,14 @@ def test_options_that_cannot_be(msnlan, tmp_path):
     refused(msnlan('upscale', 'a.png', '-o', 'b.png', '--model', 'msnlan', '--scale', '2'), 'no weights for msnlan', 'msnlan-tiny-x2')
     refused(msnlan('restore', 'a.png', '-o', 'b.png', '--model', 'msnlan-tiny-x2'), 'msnlan upscale uses it')
     assert not (tmp_path/'b.png').exists()
+
+
+def test_a_command_that_cannot_be(msnlan):
+    for args in (('nothing',), ('upscale',), ('upscale', 'a.png'), ('upscale', 'a.png', '-o', 'b.png', '--jobs', '0'), ('data', 'nothing')):
+        found = msnlan(*args)
+        refused(found, '--help says what there is')
+        assert len(found[2]) == 1
+    refused(msnlan('restore', 'a.png', '-o', 'b.png', '--model', 'panet-tiny'), 'panet-tiny-denoise-30')
 
 
 def test_through_pipes(msnlan, monkeypatch, tmp_path):

@@ -25,7 +25,7 @@ def read_pickle(
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         raise ValueError(f'{path} refused: it is no plain state dict, or loading it would run code '
-                         f'(expected torch.save(model.state_dict())): {first_line(e)}') from None
+                         f'(expected torch.save(model.state_dict())): {first_line(e).split(". ")[0]}') from None
     except (RuntimeError, EOFError, ValueError, OSError, LookupError, AttributeError, TypeError) as e:
         raise ValueError(f'{path} cannot be read as a torch file; it is damaged or cut short '
                          f'(fetch it again): {first_line(e)}') from None

@@ -103,6 +103,8 @@ def shipped_file(
     wanted = f'scale {scale}' if task == 'sr' else task + ('' if level is None else f' at level {level:g}')
     if fits: raise FileNotFoundError(f"several weights for {name}, {wanted}, come with the package: {', '.join(fits)}; "
                                      'say which level')
+    sr = task == 'sr' and scale > 1
+    there = [s for s in there if ('-x' in s and s.rpartition('-x')[2].isdigit()) == sr]
     raise FileNotFoundError(f"no weights for {name} at {wanted} come with the package; "
                             f"there are: {', '.join(there) or 'none'}")
 
