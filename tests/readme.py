@@ -29,6 +29,15 @@ def photograph()->str:
             '([other sizes, and whole](reports/benchmarks/photo-cpu.md)).')
 
 
+def hostile()->str:
+    "What damaged and odd files did, all that `tests/test_hostile.py` makes"
+    run = json.loads((ROOT/'reports/benchmarks/hostile.json').read_text())
+    right, refused = [sum(n for k, n in run['count'].items() if k.endswith(word)) for word in ('right', 'refused')]
+    return (f"{run['files']:,} damaged and odd files went through `upscale`, `restore`, `score`, the explorer's upload and `load_model`: {right:,} results,\n"
+            f"{refused:,} refusals of one line, {len(run['wrong']) or 'no'} other outcome{'s' if len(run['wrong']) != 1 else ''} "
+            '([which files](tests/hostile.py), [counts](reports/benchmarks/hostile.json)).')
+
+
 def readme()->str:
     "The text of README.md, from the cells of the index notebook that are not hidden"
     nb = nbformat.read(ROOT/'nbs/index.ipynb', as_version=4)
@@ -38,7 +47,7 @@ def readme()->str:
     nb.metadata.language_info = dict(name='python')
     text, _ = MarkdownExporter().from_notebook_node(nb)
     text = text.replace('](images/', '](nbs/images/')   # pictures lie beside the notebook
-    text = text.replace('<!-- networks -->', networks()).replace('<!-- photograph -->', photograph())
+    text = text.replace('<!-- networks -->', networks()).replace('<!-- photograph -->', photograph()).replace('<!-- hostile -->', hostile())
     return '<!-- Written from nbs/index.ipynb by `make readme`. -->\n\n' + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 

@@ -6,6 +6,7 @@ import numpy as np, pytest, torch
 from hostile import file_of
 from msnlan.batch import Task, convert
 from msnlan.basics import peak_memory
+from msnlan.reproduce.provenance import environment
 from msnlan.correlation.scenes import decode_upload
 from msnlan.evaluation.scores import score_folder
 from msnlan.models.zoo import create_model, load_model, save_weights
@@ -128,9 +129,13 @@ def in_chunks(out, seed=2, total=10_000, step=250):
             start = time.process_time()
             count, wrong = send(seed, range(first, min(total, first + step)), small_nets(), Path(d))
             path.write_text(json.dumps(dict(first=first, files=min(total, first + step) - first, count={' '.join(k): v for k, v in sorted(count.items())}, wrong=wrong, cpu_seconds=time.process_time() - start)))
-    found = [json.loads(p.read_text()) for p in sorted(Path(out).glob(f'{seed}-*.json'))]
-    total = sum((collections.Counter(f['count']) for f in found), collections.Counter())
-    print(json.dumps(total, indent=1), *[w for f in found for w in f['wrong']], sep='\n')
+    chunks = [json.loads(p.read_text()) for p in sorted(Path(out).glob(f'{seed}-*.json'))]
+    count = sum((collections.Counter(c['count']) for c in chunks), collections.Counter())
+    found = dict(seed=seed, files=sum(c['files'] for c in chunks), count=dict(sorted(count.items())), wrong=[w for c in chunks for w in c['wrong']],
+                 cpu_seconds=round(sum(c['cpu_seconds'] for c in chunks)), machine=environment(),
+                 limits=dict(seconds=SECONDS, bytes=BYTES))
+    (Path(out)/'hostile.json').write_text(json.dumps(found, indent=1) + '\n')
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == '__main__': in_chunks(sys.argv[1])
