@@ -8,25 +8,32 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def networks()->str:
-    "The shipped networks as a table, from the cards beside their weights"
+    "The shipped networks as a table, from the cards beside their weights: a row a network"
     from msnlan.basics import markdown_table
     from msnlan.models.cards import shipped_rows
-    rows = []
+    found = {}
     for r in shipped_rows():
-        scores = ', '.join(f"{s['dataset']} {s['psnr']:.2f} ({s['bicubic_psnr']:.2f})" for s in r['scores'])
-        rows.append([f"`{r['name']}`", r['task'] if r['scale'] == 1 else f"x{r['scale']}", f"{r['parameters']:,}", scores or 'not measured yet'])
-    return markdown_table(['name', 'does', 'parameters', 'PSNR'], rows)
+        name, what = re.fullmatch(r'(.+?-tiny)-(.+)', r['name']).groups()
+        said = next((f"{what} {s['dataset']} {s['psnr']:.2f} ({s['bicubic_psnr']:.2f})" for s in r['scores']), f'{what} not measured yet')
+        found.setdefault(name, []).append((r['parameters'], said))
+    size = lambda rows: '-'.join(sorted({f'{n/1000:.0f}' for n in (min(rows)[0], max(rows)[0])})) + ' k'
+    return markdown_table(['name', 'parameters', 'PSNR'], [[f'`{n}`', size(rows), ', '.join(said for _, said in rows)] for n, rows in found.items()])
 
 
 def photograph()->str:
-    "What a photograph takes, of the largest size that the benchmark ran in our tiles and in the authors'"
+    "What a photograph takes, of the largest sizes that the benchmark ran in tiles and whole; beyond, its forecast"
     run = json.loads((ROOT/'reports/benchmarks/photo-cpu.json').read_text())
     rows = {(r['width'], r['height'], r['method']): r for r in run['rows']}
     w, h, _ = max(k for k in rows if k[2] == 'ours' and (*k[:2], 'authors') in rows)
     ours, theirs, m = rows[w, h, 'ours'], rows[w, h, 'authors'], run['machine']
+    whole = max((r for r in run['rows'] if r['method'] == 'whole'), key=lambda r: r['width']*r['height'])
+    more = max((r for r in run['left_out'] if r['method'] == 'whole'), key=lambda r: r['width']*r['height'], default=None)
+    beyond = more and (f"; {more['width']}x{more['height']} whole was not run: about {more['cpu_seconds']/60:.0f} min"
+                       + (f" and {more['peak_mb']/1000:.1f} GB" if 'peak_mb' in more else '') + ' by forecast')
     return (f"A photograph of {w}x{h} pixels takes `{m['model']}` x{m['scale']} {ours['cpu_seconds']:.0f} s of a processor ({m['cpu']}) and "
-            f"{ours['peak_mb']:.0f} MB in our tiles,\n{theirs['cpu_seconds']:.0f} s and {theirs['peak_mb']:.0f} MB in the authors' "
-            '([other sizes, and whole](reports/benchmarks/photo-cpu.md)).')
+            f"{ours['peak_mb']:.0f} MB in our tiles,\n{theirs['cpu_seconds']:.0f} s and {theirs['peak_mb']:.0f} MB in the authors'. "
+            f"Whole, {whole['width']}x{whole['height']} takes {whole['cpu_seconds']:.0f} s and {whole['peak_mb']:.0f} MB{beyond or ''}\n"
+            '([all sizes](reports/benchmarks/photo-cpu.md)).')
 
 
 def hostile()->str:

@@ -114,6 +114,12 @@ def test_the_others(installed):
     imwrite(installed.folder/'runs/in/a.png', np.random.default_rng(0).integers(0, 256, (12, 15, 3), dtype=np.uint8))
     installed('upscale', 'runs/in', '-o', 'runs/out')
     assert imread(installed.folder/'runs/out/a_x2.png').shape == (24, 30, 3)
+    installed('restore', 'runs/in/a.png', '-o', 'runs/clean.png', '--model', 'panet-tiny-denoise-30')
+    assert imread(installed.folder/'runs/clean.png').shape == (12, 15, 3)
+    (installed.folder/'runs/data/Mine').mkdir(parents=True, exist_ok=True)
+    shutil.copytree(installed.folder/'runs/in', installed.folder/'runs/data/Mine/HR', dirs_exist_ok=True)
+    assert 'mean of 1' in installed('score', 'runs/in', '--dataset', 'Mine', '--scale', '2', '--data-root', 'runs/data')
+    assert 'picture' in installed('story', '--parameters')
     installed('export', 'msnlan-tiny', 'runs/tiny.onnx')
     said = run(installed.bin/'msnlan', 'bench', 'nothing', cwd=installed.folder, env=installed.environ())
     assert said.returncode == 1 and 'expected ' in said.stderr

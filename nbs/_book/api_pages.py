@@ -1,5 +1,5 @@
 """A page for every module of the package, from its source: signature, docstring, and the comment beside each argument (docments)."""
-import ast, io, tokenize
+import ast, io, re, tokenize
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2]/'msnlan'
@@ -9,6 +9,20 @@ def comments(source:str)->dict:   # line -> text
     "The comment at the end of each line"
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
+
+
+def plain(text:str)->str:
+    "Text as MyST that shows it as it is: nothing outside of backticks is markup; an example of a command is code"
+    parts = re.split('(`[^`]*`)', re.sub('^Example: (.*)$', r'Example: `\1`', text, flags=re.M))
+    return ''.join(p if p.startswith('`') else re.sub(r'([<*_$\[\]])', r'\\\1', p) for p in parts)
+
+
+def annotated(node, said:dict)->tuple:   # its text, the help of a command's option
+    "What an annotation says; `Annotated`, by itself or under a name of the module, as type and help"
+    node = said.get(getattr(node, 'id', None), node)
+    if getattr(getattr(node, 'value', None), 'id', None) != 'Annotated': return (ast.unparse(node) if node else ''), ''
+    kind, option = node.slice.elts[:2]
+    return ast.unparse(kind), next((ast.literal_eval(k.value) for k in option.keywords if k.arg == 'help'), '')
 
 
 def arguments(f:ast.FunctionDef, said:dict)->list:   # of (name, type, default, meaning)
@@ -21,7 +35,8 @@ def arguments(f:ast.FunctionDef, said:dict)->list:   # of (name, type, default, 
     for arg, default in both:
         if arg.arg in ('self', 'cls'): continue
         mine = said.get(arg.lineno, '') if last[arg.lineno] is arg and arg.lineno != f.lineno else ''
-        out.append((arg.arg, ast.unparse(arg.annotation) if arg.annotation else '', ast.unparse(default) if default else '', mine))
+        kind, help = annotated(arg.annotation, said)
+        out.append((arg.arg, kind, ast.unparse(default) if default else '', mine or help))
     return out
 
 
@@ -29,7 +44,7 @@ def entry(node, said:dict, level:int=2)->list:   # lines of MyST
     "A function or a class with its methods"
     mark, doc = '#'*level, ast.get_docstring(node) or ''
     kind = 'class' if isinstance(node, ast.ClassDef) else 'def'
-    lines = [f'{mark} `{kind} {node.name}`', '', doc, '']
+    lines = [f'{mark} `{kind} {node.name}`', '', plain(doc), '']
     f = node
     if kind == 'class': f = next((m for m in node.body if isinstance(m, ast.FunctionDef) and m.name == '__init__'), None)
     rows = arguments(f, said) if f else []
@@ -37,13 +52,14 @@ def entry(node, said:dict, level:int=2)->list:   # lines of MyST
         cell = lambda s: s.replace('|', r'\|').replace('\n', ' ')
         code = lambda s: f'`{cell(s)}`' if s else ''
         lines += ['| argument | type | default | meaning |', '| --- | --- | --- | --- |']
-        lines += [f'| `{n}` | {code(t)} | {code(d)} | {cell(m)} |' for n, t, d, m in rows] + ['']
+        lines += [f'| `{n}` | {code(t)} | {code(d)} | {cell(plain(m))} |' for n, t, d, m in rows] + ['']
     if f is not None and kind == 'def' and f.returns:
-        lines += [f'Returns `{ast.unparse(f.returns)}` {said.get(f.returns.end_lineno, "") if f.returns.lineno != f.lineno else ""}', '']
+        meaning = said.get(f.returns.end_lineno, '') if f.returns.lineno != f.lineno else ''
+        lines += [f'Returns `{ast.unparse(f.returns)}` {plain(meaning)}', '']
     if kind == 'class':
         for m in node.body:
             if isinstance(m, ast.FunctionDef) and not m.name.startswith('_') and ast.get_docstring(m):
-                lines += [f'* `{m.name}({", ".join(x[0] for x in arguments(m, said))})`: {" ".join(ast.get_docstring(m).split())}']
+                lines += [f'* `{m.name}({", ".join(x[0] for x in arguments(m, said))})`: {plain(" ".join(ast.get_docstring(m).split()))}']
         lines.append('')
     return lines
 
@@ -52,10 +68,11 @@ def page(path:Path)->str:
     "The page of a module; empty for one that exports nothing"
     source = path.read_text()
     tree, said = ast.parse(source), comments(source)
+    said |= {n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.value).startswith('Annotated[')}
     public = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_')]
     if not public: return ''
     name = '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts)
-    return '\n'.join([f'# {name}', '', ast.get_docstring(tree) or '', '', *(l for n in public for l in entry(n, said))])
+    return '\n'.join([f'# {name}', '', plain(ast.get_docstring(tree) or ''), '', *(l for n in public for l in entry(n, said))])
 
 
 WINGS = ['', 'attention', 'data', 'models', 'training', 'evaluation', 'correlation', 'reproduce', 'benchmarks']
