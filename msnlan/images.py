@@ -40,7 +40,7 @@ def _high_bytes(
     img:np.ndarray,   # uint16, (H, W) or (H, W, 3)
 )->Image.Image:       # mode 'L' or 'RGB'
     "A picture of 16 bits as one of 8"
-    if img.ndim == 3 and img.shape[-1] != 3: raise ValueError(f'expected 1 or 3 channels of 16 bits, found {img.shape[-1]}')
+    if img.shape[2:] not in ((), (3,)): raise ValueError(f'expected 1 or 3 channels of 16 bits, found {img.shape[2:]}')
     return Image.fromarray((img >> 8).astype(np.uint8))
 
 # %% ../nbs/01_images.ipynb #671a1c3d
