@@ -37,10 +37,9 @@ def _flatten(
 
 # %% ../nbs/01_images.ipynb #a56b73f6
 def _high_bytes(
-    img:np.ndarray,   # uint16, (H, W) or (H, W, 3)
-)->Image.Image:       # mode 'L' or 'RGB'
+    img:np.ndarray,   # uint16, (H, W) or (H, W, C), C = 2, 3 or 4
+)->Image.Image:       # mode 'L', 'LA', 'RGB' or 'RGBA'
     "A picture of 16 bits as one of 8"
-    if img.shape[2:] not in ((), (3,)): raise ValueError(f'expected 1 or 3 channels of 16 bits, found {img.shape[2:]}')
     return Image.fromarray((img >> 8).astype(np.uint8))
 
 # %% ../nbs/01_images.ipynb #671a1c3d
@@ -62,8 +61,9 @@ def imread(
                 check_picture(f, path.stat().st_size)
                 pic = _flatten(ImageOps.exif_transpose(f))
         except UnidentifiedImageError:
-            if path.suffix.lower() not in ('.tif', '.tiff'): raise
-            pic = _high_bytes(deep_tiff(path.read_bytes()))
+            data = path.read_bytes()
+            if data[:4] not in (b'II*\0', b'MM\0*'): raise                   # a TIFF, whatever its name
+            pic = _flatten(_high_bytes(deep_tiff(data)))
     except MemoryError: raise
     except Exception as e:  # Pillow raises many kinds: OSError, SyntaxError, struct.error, zlib.error ...
         raise ValueError(f'expected a whole picture in {path}, found {path.stat().st_size} bytes that do not '
