@@ -118,7 +118,7 @@ def test_the_others(installed):
     assert imread(installed.folder/'runs/clean.png').shape == (12, 15, 3)
     (installed.folder/'runs/data/Mine').mkdir(parents=True, exist_ok=True)
     shutil.copytree(installed.folder/'runs/in', installed.folder/'runs/data/Mine/HR', dirs_exist_ok=True)
-    assert 'mean of 1' in installed('score', 'runs/in', '--dataset', 'Mine', '--scale', '2', '--data-root', 'runs/data')
+    assert 'mean of 1' in installed('score', 'runs/in', '--dataset', 'Mine', '--scale', '3', '--data-root', 'runs/data')
     assert 'picture' in installed('story', '--parameters')
     installed('export', 'msnlan-tiny', 'runs/tiny.onnx')
     said = run(installed.bin/'msnlan', 'bench', 'nothing', cwd=installed.folder, env=installed.environ())
