@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['i32', 'SQRTHF_BITS', 'L0', 'L1', 'L2', 'L3', 'L4', 'L5', 'L6', 'L7', 'L8', 'TINY', 'MANT', 'FRONT', 'KEEP', 'SHELF',
-           'stack', 'stack_largest', 'log32', 'expsum_inplace', 'scale_lanes', 'support_line', 'soft_grad_line',
-           'sparse_dot_line', 'sparse_grad_line', 'soft_factor_line', 'sparse_factor_line', 'times_line', 'Plan',
-           'column_sums', 'row_offsets', 'row_sums', 'score_walk', 'weigh_row', 'weigh_rows', 'excess_line',
-           'line_thresholds', 'support_count', 'value_walk', 'value_gradient', 'weight_gradient', 'score_gradient',
-           'KeptWeights', 'Layout', 'WholeMaps']
+           'numbers', 'stack', 'stack_largest', 'log32', 'expsum_inplace', 'scale_lanes', 'support_line',
+           'soft_grad_line', 'sparse_dot_line', 'sparse_grad_line', 'soft_factor_line', 'sparse_factor_line',
+           'times_line', 'Plan', 'Scratch', 'map_lines', 'tile_lines', 'ring_lines', 'ring_start', 'column_sums',
+           'row_offsets', 'row_sums', 'enter_product', 'enter_row', 'leave_row', 'Running', 'Weighing', 'scores_leave',
+           'score_walk', 'clear_end', 'weigh_row', 'weigh_rows', 'excess_line', 'line_thresholds', 'support_count',
+           'value_walk', 'value_gradient', 'Maps', 'Averages', 'weight_gradient', 'Inputs', 'Gradients', 'raw_gradient',
+           'score_gradient', 'KeptWeights', 'Layout', 'Laid', 'WholeMaps']
 
 # %% ../../nbs/attention/03_whole.ipynb #d9de1c60
 import functools, math, threading
@@ -21,64 +23,74 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
+from .cpu import Pair, _up
 from .kernels import (BITS, BYTES, HALF, LN2A, LN2B, ONE, ROWS, Matrix, _box_block, _exp, _float_of,
-                                      _jit, dot_line, f32, gemm, max_line, rescale_line)
+                                      _jit, _place, _vectors, dot_line, f32, gemm, rescale_line)
+
+# %% ../../nbs/attention/03_whole.ipynb #81e1b0db
+@_jit
+def numbers(matrix, j, n):
+    "The first n numbers of row j"
+    at = matrix.start + j*matrix.pitch
+    return matrix.data[at:at+n]
 
 # %% ../../nbs/attention/03_whole.ipynb #c35dbb3e
 _box1, _box2, _box3, _box4, _box5, _box6, _box7 = [_box_block(k, BITS) for k in range(1, 8)]
 
 # %% ../../nbs/attention/03_whole.ipynb #5c6c48f0
 @_jit
-def _diagonal(dst, do, src, so, step, count, n):
-    "dst[x] = sum over d < count of src[so + d*step + x]"
-    if count == 1: _box1(dst, do, 0, src, so, 0, step, 1, n)
-    elif count == 2: _box2(dst, do, 0, src, so, 0, step, 1, n)
-    elif count == 3: _box3(dst, do, 0, src, so, 0, step, 1, n)
-    elif count == 4: _box4(dst, do, 0, src, so, 0, step, 1, n)
-    elif count == 5: _box5(dst, do, 0, src, so, 0, step, 1, n)
-    elif count == 6: _box6(dst, do, 0, src, so, 0, step, 1, n)
+def _sum_rows(out, j, source, first, count, n):
+    "Row j of out = sum of `count` rows of source, whose numbers from `first` on are taken"
+    to, terms, pitch = out.data, source.data, source.pitch
+    o, at = out.start + j*out.pitch, source.start + first
+    if count == 1: _box1(to, o, 0, terms, at, 0, pitch, 1, n)
+    elif count == 2: _box2(to, o, 0, terms, at, 0, pitch, 1, n)
+    elif count == 3: _box3(to, o, 0, terms, at, 0, pitch, 1, n)
+    elif count == 4: _box4(to, o, 0, terms, at, 0, pitch, 1, n)
+    elif count == 5: _box5(to, o, 0, terms, at, 0, pitch, 1, n)
+    elif count == 6: _box6(to, o, 0, terms, at, 0, pitch, 1, n)
     else:
-        _box7(dst, do, 0, src, so, 0, step, 1, n)
+        _box7(to, o, 0, terms, at, 0, pitch, 1, n)
         for d in range(7, count):
-            a = dst[do:do+n]; b = src[so+d*step:so+d*step+n]
-            for x in range(n): a[x] += b[x]
+            for x in range(n): to[o+x] += terms[at+d*pitch+x]
 
 # %% ../../nbs/attention/03_whole.ipynb #2aa3be58
 def _stack_block(count, bits):
-    "Sum of `count` lines at offsets; with `most`: times factor, and most[x] the largest so far"
+    "Sum of `count` lines at offsets; with `largest`: times factor, and largest[x] the largest so far"
     @intrinsic
-    def block(typing, dst, do, src, offsets, so, n, factor, most):
-        largest = most != types.none
+    def block(typing, out, out_start, source, offsets, source_start, columns, factor, largest):
+        scores = largest != types.none
         def codegen(context, builder, sig, args):
-            dst, do, src, offsets, so, n, factor, most = args
-            dt = context.get_data_type(sig.args[0].dtype)
-            size = 4 if dt == ir.FloatType() else 8
-            lanes = bits // (8*size); vec = ir.VectorType(dt, lanes)
+            out, out_start, source, offsets, source_start, columns, factor, largest = args
+            size, vector, lanes = _vectors(context, sig, bits)
             i32, i64 = ir.IntType(32), ir.IntType(64)
-            data = lambda i, v: context.make_array(sig.args[i])(context, builder, v).data
-            to, fr, table = builder.gep(data(0, dst), [do]), builder.gep(data(2, src), [so]), data(3, offsets)
-            cast = lambda q: builder.bitcast(q, vec.as_pointer())
+            to = _place(context, builder, sig.args[0], out, out_start)
+            fr = _place(context, builder, sig.args[2], source, source_start)
+            table = context.make_array(sig.args[3])(context, builder, offsets).data
+            at = lambda line, x: builder.bitcast(builder.gep(line, [x]), vector.as_pointer())
             lines = [builder.gep(fr, [builder.load(builder.gep(table, [i64(d)]))]) for d in range(count)]
-            if largest:
-                undef = ir.Constant(vec, ir.Undefined)
-                zeros = ir.Constant(ir.VectorType(i32, lanes), [0]*lanes)
-                scale = builder.shuffle_vector(builder.insert_element(undef, factor, i32(0)), undef, zeros)
-                top = data(7, most)
-            with cgutils.for_range(builder, builder.sdiv(n, i64(lanes))) as inner:
-                x = builder.mul(inner.index, i64(lanes))
-                terms = [builder.load(cast(builder.gep(line, [x])), align=size) for line in lines]
-                while len(terms) > 1:
+            if scores:
+                undefined = ir.Constant(vector, ir.Undefined)
+                lane0 = ir.Constant(ir.VectorType(i32, lanes), [0]*lanes)
+                one = builder.insert_element(undefined, factor, i32(0))
+                all_lanes = builder.shuffle_vector(one, undefined, lane0)      # the factor in every lane
+                top = context.make_array(sig.args[7])(context, builder, largest).data
+            with cgutils.for_range(builder, builder.sdiv(columns, i64(lanes))) as loop:
+                x = builder.mul(loop.index, i64(lanes))
+                terms = [builder.load(at(line, x), align=size) for line in lines]
+                while len(terms) > 1:                                          # in pairs: short chains of additions
                     terms = [builder.fadd(*terms[i:i+2]) if i+1 < len(terms) else terms[i]
                              for i in range(0, len(terms), 2)]
                 v = terms[0]
-                if largest:
-                    v = builder.fmul(v, scale)
-                    at = cast(builder.gep(top, [x])); m = builder.load(at, align=size)
-                    builder.store(builder.select(builder.fcmp_ordered('>', v, m), v, m), at, align=size)
-                builder.store(v, cast(builder.gep(to, [x])), align=size)
+                if scores:
+                    v = builder.fmul(v, all_lanes)
+                    so_far = builder.load(at(top, x), align=size)
+                    more = builder.select(builder.fcmp_ordered('>', v, so_far), v, so_far)
+                    builder.store(more, at(top, x), align=size)
+                builder.store(v, at(to, x), align=size)
             return context.get_dummy_value()
         i = types.int64
-        return types.void(dst, i, src, offsets, i, i, dst.dtype, most), codegen
+        return types.void(out, i, source, offsets, i, i, out.dtype, largest), codegen
     return block
 
 # %% ../../nbs/attention/03_whole.ipynb #1b06797c
@@ -86,35 +98,43 @@ _stack1, _stack2, _stack3, _stack4, _stack5, _stack6, _stack7 = [_stack_block(k,
 
 # %% ../../nbs/attention/03_whole.ipynb #be3f957f
 @_jit
-def stack(dst, do, src, offsets, count, so, n):
-    "dst[do+x] = sum over the first `count` offsets of src[so + offset + x]"
-    one = dst[do]*0
-    if count == 1: _stack1(dst, do, src, offsets, so, n, one, None)
-    elif count == 2: _stack2(dst, do, src, offsets, so, n, one, None)
-    elif count == 3: _stack3(dst, do, src, offsets, so, n, one, None)
-    elif count == 4: _stack4(dst, do, src, offsets, so, n, one, None)
-    elif count == 5: _stack5(dst, do, src, offsets, so, n, one, None)
-    elif count == 6: _stack6(dst, do, src, offsets, so, n, one, None)
+def stack(out, j, source, offsets, n):
+    "Row j of out = sum of what lies at `offsets` from row j of source"
+    to, terms, count = out.data, source.data, offsets.shape[0]
+    o, at = out.start + j*out.pitch, source.start + j*source.pitch
+    one = to[o]*0                                            # a number of the data's type, not used
+    if count == 1: _stack1(to, o, terms, offsets, at, n, one, None)
+    elif count == 2: _stack2(to, o, terms, offsets, at, n, one, None)
+    elif count == 3: _stack3(to, o, terms, offsets, at, n, one, None)
+    elif count == 4: _stack4(to, o, terms, offsets, at, n, one, None)
+    elif count == 5: _stack5(to, o, terms, offsets, at, n, one, None)
+    elif count == 6: _stack6(to, o, terms, offsets, at, n, one, None)
     else:
-        _stack7(dst, do, src, offsets, so, n, one, None)
+        _stack7(to, o, terms, offsets, at, n, one, None)
         for d in range(7, count):
-            a = dst[do:do+n]; b = src[so+offsets[d]:so+offsets[d]+n]
-            for x in range(n): a[x] += b[x]
+            for x in range(n): to[o+x] += terms[at+offsets[d]+x]
 
 # %% ../../nbs/attention/03_whole.ipynb #fdbcc169
 @_jit
-def stack_largest(dst, do, src, offsets, count, so, n, factor, most):
+def stack_largest(out, j, source, offsets, n, factor, largest):
     "The same times `factor`, and the largest so far of every lane"
-    if count == 1: _stack1(dst, do, src, offsets, so, n, factor, most)
-    elif count == 2: _stack2(dst, do, src, offsets, so, n, factor, most)
-    elif count == 3: _stack3(dst, do, src, offsets, so, n, factor, most)
-    elif count == 4: _stack4(dst, do, src, offsets, so, n, factor, most)
-    elif count == 5: _stack5(dst, do, src, offsets, so, n, factor, most)
-    elif count == 6: _stack6(dst, do, src, offsets, so, n, factor, most)
-    elif count == 7: _stack7(dst, do, src, offsets, so, n, factor, most)
-    else:
-        stack(dst, do, src, offsets, count, so, n)
-        max_line(dst[do:do+n], factor, most)
+    to, terms, count = out.data, source.data, offsets.shape[0]
+    o, at = out.start + j*out.pitch, source.start + j*source.pitch
+    if count == 1: _stack1(to, o, terms, offsets, at, n, factor, largest)
+    elif count == 2: _stack2(to, o, terms, offsets, at, n, factor, largest)
+    elif count == 3: _stack3(to, o, terms, offsets, at, n, factor, largest)
+    elif count == 4: _stack4(to, o, terms, offsets, at, n, factor, largest)
+    elif count == 5: _stack5(to, o, terms, offsets, at, n, factor, largest)
+    elif count == 6: _stack6(to, o, terms, offsets, at, n, factor, largest)
+    elif count == 7: _stack7(to, o, terms, offsets, at, n, factor, largest)
+    else:                                                    # patches of 9 and more: rare, and may take longer
+        _stack7(to, o, terms, offsets, at, n, factor, None)
+        for d in range(7, count):
+            for x in range(n): to[o+x] += terms[at+offsets[d]+x]
+        for x in range(n):
+            score = to[o+x]*factor
+            to[o+x] = score
+            if score > largest[x]: largest[x] = score
 
 # %% ../../nbs/attention/03_whole.ipynb #17f856db
 @intrinsic
@@ -135,7 +155,7 @@ MANT = i32(23)
 @_jit
 def log32(a):
     "Natural logarithm of a float32, at least 1e-26 (Cephes)"
-    b = _bits_of(max(a, TINY)) 
+    b = _bits_of(max(a, TINY))
     k = i32(i32(b - SQRTHF_BITS) >> MANT)
     x = _float_of(i32(b - i32(k << MANT))) - ONE
     n = f32(k)
@@ -154,26 +174,26 @@ def _log_overload(x):
 
 # %% ../../nbs/attention/03_whole.ipynb #0cc5a66c
 @_jit
-def expsum_inplace(a, top, total):
+def expsum_inplace(score, largest, total):
     "Scores -> exp(score - largest), added to the total"
-    for x in range(a.shape[0]):
-        e = _exp(a[x] - top[x])
-        a[x] = e
+    for x in range(score.shape[0]):
+        e = _exp(score[x] - largest[x])
+        score[x] = e
         total[x] += e
 
 # %% ../../nbs/attention/03_whole.ipynb #05defd17
 @_jit
-def scale_lanes(a, f, cut):
-    "Times a factor for each query; weights below `cut` become 0"
-    for x in range(a.shape[0]):
-        w = a[x]*f[x]
-        a[x] = w if w > cut else w*0
+def scale_lanes(weight, scale, cut):
+    "Times a number of each query; weights below `cut` become 0"
+    for x in range(weight.shape[0]):
+        w = weight[x]*scale[x]
+        weight[x] = w if w > cut else w*0
 
 # %% ../../nbs/attention/03_whole.ipynb #ce99f50e
 @_jit
-def support_line(a, tau, valid):
-    "Scores -> sparsemax weights, given the thresholds"
-    for x in range(a.shape[0]): a[x] = max(a[x] - tau[x], 0)*valid[x]
+def support_line(score, threshold, valid):
+    "Scores -> sparsemax weights, given the thresholds; valid is 0 where there is no query"
+    for x in range(score.shape[0]): score[x] = max(score[x] - threshold[x], 0)*valid[x]
 
 # %% ../../nbs/attention/03_whole.ipynb #9e610069
 @_jit
@@ -197,246 +217,341 @@ def sparse_grad_line(weight, grad, mean):
 @functools.partial(_jit, fast=('contract', 'reassoc'))
 def soft_factor_line(weight, grad, shift):
     "Sum of grad * score, the score being log(weight) + shift"
-    t = weight[0]*0
-    for x in range(weight.shape[0]): t += grad[x]*(_log(weight[x]) + shift[x])
-    return t
+    total = weight[0]*0
+    for x in range(weight.shape[0]): total += grad[x]*(_log(weight[x]) + shift[x])
+    return total
 
 # %% ../../nbs/attention/03_whole.ipynb #39b22479
 @functools.partial(_jit, fast=('contract', 'reassoc'))
 def sparse_factor_line(weight, grad, shift):
     "The same for sparsemax, where the score of the support is weight + threshold"
-    t = weight[0]*0
-    for x in range(weight.shape[0]): t += grad[x]*(weight[x] + shift[x])
-    return t
+    total = weight[0]*0
+    for x in range(weight.shape[0]): total += grad[x]*(weight[x] + shift[x])
+    return total
 
 # %% ../../nbs/attention/03_whole.ipynb #18dc78a6
 @_jit
-def times_line(a, f):
+def times_line(a, factor):
     "Times a number"
-    for x in range(a.shape[0]): a[x] *= f
+    for x in range(a.shape[0]): a[x] *= factor
 
 # %% ../../nbs/attention/03_whole.ipynb #501c2bc3
 class Plan(NamedTuple):
-    "Sizes of one level of keys against all queries of a sample"
-    rows: int      # of keys, Hk
-    cols: int      # Wk
-    tile: int      # Wk rounded up to the register tile
-    radius: int    # r
-    pitch: int     # lanes from a query row to the next: W + r
-    lanes: int     # n: all query rows, rounded up to 16
-    stride: int    # from a line of the map to the next
-    margin: int    # zero lanes on both sides of a line of the ring
-    start: int     # where the level begins in the map
+    "One level of keys against all queries of a sample"
+    key_height: int        # key rows
+    key_width: int         # keys of a row
+    key_lines: int         # the same, rounded up to the register tile: rows of a product
+    radius: int            # p//2
+    pitch: int             # lanes from a query row to the next: their width and `radius` zeros
+    lanes: int             # all query rows one behind the other, rounded up to 16
+    stride: int            # from a line of a map to the next
+    margin: int            # zero lanes on both sides of a line of the ring
+    start: int             # where the level begins in a map
+    sparse: bool           # sparsemax instead of softmax
+    normed: bool           # keys are divided by their norms, so the factors have a gradient
+
+class Scratch(NamedTuple):
+    "What is alive of a walk"
+    tile: np.ndarray       # a key row: products, or sums out of the ring
+    ring: np.ndarray       # the last p key rows, each summed over the columns
+    offsets: np.ndarray    # where the ring's rows around one begin
 
 # %% ../../nbs/attention/03_whole.ipynb #ea446805
 FRONT = 16   # zero lanes before the first line
 
+# %% ../../nbs/attention/03_whole.ipynb #3d6ec315
+@_jit
+def map_lines(plan, flat, row):
+    "A key row of a flat map, (key_width, lanes)"
+    return Matrix(flat, plan.start + row*plan.key_width*plan.stride, plan.stride)
+
+@_jit
+def tile_lines(plan, scratch):
+    "The tile, (key_lines, lanes)"
+    return Matrix(scratch.tile, FRONT, plan.stride)
+
+@_jit
+def ring_lines(plan, scratch, row):
+    "The ring's slot of a key row, (key_width, lanes)"
+    wide = plan.lanes + 2*plan.margin
+    slot = row % (2*plan.radius + 1)
+    return Matrix(scratch.ring, slot*plan.key_width*wide + plan.margin, wide)
+
+@_jit
+def ring_start(plan, scratch):
+    "The ring's lines, from which `row_offsets` counts"
+    return Matrix(scratch.ring, 0, plan.lanes + 2*plan.margin)
+
 # %% ../../nbs/attention/03_whole.ipynb #3bce1259
 @_jit
-def column_sums(plan, src, at, ring, slot):
-    "One key row at src[at:], summed over the displacements of the columns -> a slot of the ring"
-    r = plan.radius; wide = plan.lanes + 2*plan.margin
-    for j in range(plan.cols):
-        first = max(-r, -j); count = min(r, plan.cols-1-j) - first + 1
-        o = slot + j*wide + plan.margin
-        _diagonal(ring, o, src, at + (j+first)*plan.stride + first, plan.stride+1, count, plan.lanes)
+def column_sums(plan, lines, row, scratch):
+    "A key row, summed over the displacements of the columns -> its slot of the ring"
+    r, slot = plan.radius, ring_lines(plan, scratch, row)
+    diagonal = Matrix(lines.data, lines.start, lines.pitch + 1)                # a key on is a query on
+    for j in range(plan.key_width):
+        first = max(-r, -j)                                  # no keys beyond the ends of the row
+        count = min(r, plan.key_width-1-j) - first + 1
+        _sum_rows(slot, j, diagonal, (j+first)*lines.pitch + first, count, plan.lanes)
 
 # %% ../../nbs/attention/03_whole.ipynb #0646844e
 @_jit
-def row_offsets(plan, u, offsets):
-    "Where the ring holds the key rows around u, and how many there are"
-    r = plan.radius; p = 2*r+1; size = plan.cols*(plan.lanes + 2*plan.margin)
-    first = max(0, u-r); last = min(plan.rows-1, u+r)
-    for g in range(first, last+1): offsets[g-first] = (g % p)*size + plan.margin + (g-u)*plan.pitch
-    return last - first + 1
+def row_offsets(plan, row, scratch):
+    "Where the ring's key rows around `row` begin, each moved by as many query rows"
+    r = plan.radius
+    first, last = max(0, row-r), min(plan.key_height-1, row+r)
+    for g in range(first, last+1):
+        scratch.offsets[g-first] = ring_lines(plan, scratch, g).start + (g-row)*plan.pitch
+    return scratch.offsets[:last-first+1]
 
 # %% ../../nbs/attention/03_whole.ipynb #f2346ccb
 @_jit
-def row_sums(plan, u, ring, offsets, tile):
-    "The ring's rows around u, summed over the displacements of the rows -> tile"
-    count = row_offsets(plan, u, offsets)
-    for j in range(plan.cols):
-        stack(tile, FRONT + j*plan.stride, ring, offsets, count, j*(plan.lanes + 2*plan.margin), plan.lanes)
+def row_sums(plan, row, scratch):
+    "The ring's rows around `row`, summed over the displacements of the rows -> tile"
+    tile, ring, around = tile_lines(plan, scratch), ring_start(plan, scratch), row_offsets(plan, row, scratch)
+    for j in range(plan.key_width): stack(tile, j, ring, around, plan.lanes)
+    return tile
+
+# %% ../../nbs/attention/03_whole.ipynb #e1b3dbc3
+@_jit
+def enter_product(plan, pair, row, flat, scratch):
+    "Products of a key row with all queries: summed along the columns -> ring; of single pixels -> the map"
+    channels = pair.rows.shape[2]
+    keys = Matrix(pair.rows.reshape(-1), row*plan.key_lines*channels, channels)              # (key_lines, channels)
+    queries = Matrix(pair.line.reshape(-1), 0, plan.lanes)                                   # (channels, lanes)
+    to = tile_lines(plan, scratch) if plan.radius else map_lines(plan, flat, row)
+    gemm(keys, queries, to, plan.key_lines, channels, plan.lanes, False)
+    if plan.radius: column_sums(plan, to, row, scratch)
+
+# %% ../../nbs/attention/03_whole.ipynb #228e9517
+@_jit
+def enter_row(plan, row, flat, scratch):
+    "A key row of a map, summed along the columns -> ring"
+    if plan.radius: column_sums(plan, map_lines(plan, flat, row), row, scratch)
+
+# %% ../../nbs/attention/03_whole.ipynb #e91b5827
+@_jit
+def leave_row(plan, row, flat, scratch):
+    "B of a key row, (key_width, lanes): out of the ring; single pixels are their own"
+    return row_sums(plan, row, scratch) if plan.radius else map_lines(plan, flat, row)
+
+# %% ../../nbs/attention/03_whole.ipynb #7a8b4839
+class Running(NamedTuple):
+    "What the first walk knows of every query; it goes from level to level"
+    largest: np.ndarray    # largest score so far (lanes)
+    total: np.ndarray      # sum of exp(score - largest) so far (lanes)
+    noted: np.ndarray      # the largest as each key row of the level left it (key_height, lanes); sparsemax: (0, lanes)
+
+class Weighing(NamedTuple):
+    "What turns the first walk's numbers of a level into weights"
+    noted: np.ndarray      # (key_height, lanes)
+    shift: np.ndarray      # largest score of all levels; sparsemax: the threshold (lanes)
+    inverse: np.ndarray    # 1 / total, 0 where there is no query; sparsemax: 1 or 0 (lanes)
+
+# %% ../../nbs/attention/03_whole.ipynb #4881f0e3
+@_jit
+def scores_leave(plan, row, factor, scores, largest, scratch):
+    "Sum out of the ring times the key's factor -> scores of a key row, and the largest of every query"
+    lines, around = map_lines(plan, scores, row), row_offsets(plan, row, scratch)
+    source = ring_start(plan, scratch) if plan.radius else lines               # of single pixels: in place, at offset 0
+    for j in range(plan.key_width): stack_largest(lines, j, source, around, plan.lanes, factor[row, j], largest)
 
 # %% ../../nbs/attention/03_whole.ipynb #4b2fd45b
 @_jit
-def score_walk(plan, keys, query, factor, scores, top, total, tops, tile, ring, offsets, sparse):
-    "Scores of a level; softmax: exp(score - largest so far), their sums, that largest for every row"
-    r, n, stride = plan.radius, plan.lanes, plan.stride; p = 2*r+1
-    c = keys.shape[2]; wide = n + 2*plan.margin; slot = plan.cols*wide
-    old = np.empty_like(top); here = np.zeros(1, np.int64); keys = keys.reshape(-1); query = query.reshape(-1)
-    ring[:] = 0
-    for g in range(plan.rows + r):
-        if g < plan.rows:
-            to, at = (tile, FRONT) if r else (scores, plan.start + g*plan.cols*stride)
-            gemm(Matrix(keys, g*plan.tile*c, c), Matrix(query, 0, n), Matrix(to, at, stride),
-                 plan.tile, c, n, False)
-            if r: column_sums(plan, tile, FRONT, ring, (g % p)*slot)
-        u = g - r
-        if u < 0: continue
-        count = row_offsets(plan, u, offsets)
-        old[:] = top
-        for j in range(plan.cols):
-            o = plan.start + (u*plan.cols + j)*stride
-            if r: stack_largest(scores, o, ring, offsets, count, j*wide, n, factor[u, j], top)
-            else: stack_largest(scores, o, scores, here, 1, o, n, factor[u, j], top)
-        if sparse: continue
-        rescale_line(total, old, top)
-        tops[u] = top
-        for j in range(plan.cols):
-            o = plan.start + (u*plan.cols + j)*stride
-            expsum_inplace(scores[o:o+n], top, total)
+def score_walk(plan, pair, factor, scores, running, scratch):
+    "Scores of a level; softmax: exp(score - largest so far) and what is known of the queries, in place"
+    largest, total = running.largest, running.total
+    before = np.empty_like(largest)
+    scratch.ring[:] = 0
+    for g in range(plan.key_height + plan.radius):
+        if g < plan.key_height: enter_product(plan, pair, g, scores, scratch)
+        row = g - plan.radius
+        if row < 0: continue
+        before[:] = largest
+        scores_leave(plan, row, factor, scores, largest, scratch)
+        if plan.sparse: continue
+        rescale_line(total, before, largest)
+        running.noted[row] = largest
+        lines = map_lines(plan, scores, row)
+        for j in range(plan.key_width): expsum_inplace(numbers(lines, j, plan.lanes), largest, total)
+
+# %% ../../nbs/attention/03_whole.ipynb #de21ba2f
+@_jit
+def clear_end(plan, lines, j):
+    "Zeros beyond the queries of a line"
+    at = lines.start + j*lines.pitch
+    lines.data[at+plan.lanes:at+plan.stride] = 0
 
 # %% ../../nbs/attention/03_whole.ipynb #4277f609
 @_jit
-def weigh_row(plan, g, weights, tops, top, inverse, f, sparse):
-    "One key row of the first walk's numbers -> weights, zero beyond the queries"
-    n, stride = plan.lanes, plan.stride
+def weigh_row(plan, row, weighing, weights, scale):
+    "The first walk's numbers of a key row -> weights; scale (lanes) is room for a number of each query"
+    n, shift, inverse = plan.lanes, weighing.shift, weighing.inverse
     cut = inverse[0]*0 + 1e-26
-    if not sparse:
-        for x in range(n): f[x] = _exp(tops[g, x] - top[x])*inverse[x]
-    for j in range(plan.cols):
-        o = plan.start + (g*plan.cols + j)*stride
-        if sparse: support_line(weights[o:o+n], top, inverse)
-        else: scale_lanes(weights[o:o+n], f, cut)
-        weights[o+n:o+stride] = 0
+    if not plan.sparse:
+        for x in range(n): scale[x] = _exp(weighing.noted[row, x] - shift[x])*inverse[x]
+    lines = map_lines(plan, weights, row)
+    for j in range(plan.key_width):
+        if plan.sparse: support_line(numbers(lines, j, n), shift, inverse)
+        else: scale_lanes(numbers(lines, j, n), scale, cut)
+        clear_end(plan, lines, j)
 
 # %% ../../nbs/attention/03_whole.ipynb #16b158f8
 @_jit
-def weigh_rows(plan, weights, tops, top, inverse, sparse):
-    "All rows: for a backward pass that kept nothing"
-    f = np.empty_like(top)
-    for g in range(plan.rows): weigh_row(plan, g, weights, tops, top, inverse, f, sparse)
+def weigh_rows(plan, weighing, weights):
+    "All key rows: for a backward pass that kept nothing"
+    scale = np.empty_like(weighing.shift)
+    for row in range(plan.key_height): weigh_row(plan, row, weighing, weights, scale)
 
 # %% ../../nbs/attention/03_whole.ipynb #cbeb9472
 @_jit
-def excess_line(score, tau, rest, count):
+def excess_line(score, threshold, excess, count):
     "Add what lies above the thresholds, and how many"
     for x in range(score.shape[0]):
-        e = score[x] - tau[x]
-        rest[x] += max(e, 0)
+        e = score[x] - threshold[x]
+        excess[x] += max(e, 0)
         count[x] += 1 if e > 0 else 0
 
 # %% ../../nbs/attention/03_whole.ipynb #eba1b468
 @_jit
-def line_thresholds(scores, lines, stride, top, tau):
-    "Sparsemax threshold of each lane: Newton from below, all lanes at once until none moves"
-    n = top.shape[0]; block = 64
-    rest = np.empty(block, top.dtype); count = np.empty(block, top.dtype)
+def line_thresholds(scores, lines, stride, largest, thresholds):
+    "Sparsemax threshold of each lane: Newton from below, 64 lanes at once until none moves"
+    n, block = largest.shape[0], 64
+    room = np.empty((2, block), largest.dtype)
     for x0 in range(0, n, block):
         b = min(block, n-x0)
-        t = tau[x0:x0+b]; excess, size = rest[:b], count[:b]
-        for x in range(b): t[x] = top[x0+x] - 1
+        threshold, excess, count = thresholds[x0:x0+b], room[0, :b], room[1, :b]
+        for x in range(b): threshold[x] = largest[x0+x] - 1
         moved = True
         while moved:
-            excess[:] = 0; size[:] = 0
+            excess[:] = 0
+            count[:] = 0
             for l in range(lines):
-                o = FRONT + l*stride + x0
-                excess_line(scores[o:o+b], t, excess, size)
+                at = FRONT + l*stride + x0
+                excess_line(scores[at:at+b], threshold, excess, count)
             moved = False
             for x in range(b):
-                before = t[x]
-                if size[x] > 0: t[x] = max(before, before + (excess[x] - 1)/size[x])
-                moved |= t[x] > before
+                before = threshold[x]
+                if count[x] > 0: threshold[x] = max(before, before + (excess[x] - 1)/count[x])
+                moved |= threshold[x] > before
 
 # %% ../../nbs/attention/03_whole.ipynb #cf40a478
 @_jit
 def support_count(weights, lines, stride, count):
     "Weights above 0 of every query"
     for l in range(lines):
-        a = weights[FRONT+l*stride:FRONT+l*stride+count.shape[0]]
-        for x in range(a.shape[0]): count[x] += 1 if a[x] > 0 else 0
+        at = FRONT + l*stride
+        line = weights[at:at+count.shape[0]]
+        for x in range(line.shape[0]): count[x] += 1 if line[x] > 0 else 0
 
 # %% ../../nbs/attention/03_whole.ipynb #06532706
 @_jit
-def value_walk(plan, values, weights, tops, top, inverse, out, tile, ring, offsets, sparse):
-    "Weights in place of the first walk's numbers; their box sum times the values, added to out (C, n)"
-    r, n, stride = plan.radius, plan.lanes, plan.stride; p = 2*r+1
-    C = values.shape[1]; wide = n + 2*plan.margin; slot = plan.cols*wide
-    f = np.empty_like(top); values = values.reshape(-1); out = out.reshape(-1)
-    ring[:] = 0
-    for g in range(plan.rows + r):
-        if g < plan.rows:
-            weigh_row(plan, g, weights, tops, top, inverse, f, sparse)
-            if r: column_sums(plan, weights, plan.start + g*plan.cols*stride, ring, (g % p)*slot)
-        u = g - r
-        if u < 0: continue
-        a, at = (tile, FRONT) if r else (weights, plan.start + u*plan.cols*stride)
-        if r: row_sums(plan, u, ring, offsets, tile)
-        gemm(Matrix(values, u*C*plan.cols, plan.cols), Matrix(a, at, stride), Matrix(out, 0, n),
-             C, plan.cols, n, True)
+def value_walk(plan, values, weighing, weights, out, scratch):
+    "Weights in place of the first walk's numbers; out (channels, lanes) += values times B(weights)"
+    channels = values.shape[1]                               # values (key_height, channels, key_width)
+    flat, to = values.reshape(-1), Matrix(out.reshape(-1), 0, plan.lanes)
+    scale = np.empty_like(weighing.shift)
+    scratch.ring[:] = 0
+    for g in range(plan.key_height + plan.radius):
+        if g < plan.key_height:
+            weigh_row(plan, g, weighing, weights, scale)
+            enter_row(plan, g, weights, scratch)
+        row = g - plan.radius
+        if row < 0: continue
+        value_row = Matrix(flat, row*channels*plan.key_width, plan.key_width)                # (channels, key_width)
+        gemm(value_row, leave_row(plan, row, weights, scratch), to, channels, plan.key_width, plan.lanes, True)
 
 # %% ../../nbs/attention/03_whole.ipynb #80fa5ef6
 @_jit
-def value_gradient(plan, weights, gradient, dvalues, tile, ring, offsets):
-    "dV = B(A)^T dZ; gradient (n, CN) by pixel, dvalues (rows, tile, CN)"
-    r, n, stride = plan.radius, plan.lanes, plan.stride; p = 2*r+1
-    CN = gradient.shape[1]; wide = n + 2*plan.margin; slot = plan.cols*wide
-    gradient = gradient.reshape(-1); dv = dvalues.reshape(-1)
-    ring[:] = 0
-    for g in range(plan.rows + r):
-        if r and g < plan.rows: column_sums(plan, weights, plan.start + g*plan.cols*stride, ring, (g % p)*slot)
-        u = g - r
-        if u < 0: continue
-        a, at = (tile, FRONT) if r else (weights, plan.start + u*plan.cols*stride)
-        if r: row_sums(plan, u, ring, offsets, tile)
-        gemm(Matrix(a, at, stride), Matrix(gradient, 0, CN), Matrix(dv, u*plan.tile*CN, CN),
-             plan.tile, n, CN, False)
+def value_gradient(plan, weights, pixels, d_values, scratch):
+    "d_values (key_height, key_lines, channels) = B(weights) times pixels, the output's gradient (lanes, channels)"
+    channels = pixels.shape[1]
+    flat, to = pixels.reshape(-1), d_values.reshape(-1)
+    scratch.ring[:] = 0
+    for g in range(plan.key_height + plan.radius):
+        if g < plan.key_height: enter_row(plan, g, weights, scratch)
+        row = g - plan.radius
+        if row < 0: continue
+        at = Matrix(to, row*plan.key_lines*channels, channels)                               # (key_lines, channels)
+        gemm(leave_row(plan, row, weights, scratch), Matrix(flat, 0, channels), at,
+             plan.key_lines, plan.lanes, channels, False)
+
+# %% ../../nbs/attention/03_whole.ipynb #44fd87fa
+class Maps(NamedTuple):
+    "The maps of a sample, all levels one behind the other"
+    weights: np.ndarray
+    gradient: np.ndarray   # of the weights; later of the raw scores
+
+class Averages(NamedTuple):
+    "Of every query, what the gradient of the scores needs (lanes)"
+    mean: np.ndarray       # sum over the keys of weight times its gradient; sparsemax: mean gradient of the support
+    shift: np.ndarray      # score less log(weight); sparsemax: the threshold
 
 # %% ../../nbs/attention/03_whole.ipynb #5de553b5
 @_jit
-def weight_gradient(plan, values, gradient, weights, dweights, mean, tile, ring, offsets, sparse):
-    "dA = B(dZ V^T), and for every query the sum over the keys that the softmax's backward subtracts"
-    r, n, stride = plan.radius, plan.lanes, plan.stride; p = 2*r+1
-    C = values.shape[2]; wide = n + 2*plan.margin; slot = plan.cols*wide
-    values = values.reshape(-1); gradient = gradient.reshape(-1)
-    ring[:] = 0
-    for g in range(plan.rows + r):
-        if g < plan.rows:
-            to, at = (tile, FRONT) if r else (dweights, plan.start + g*plan.cols*stride)
-            gemm(Matrix(values, g*plan.tile*C, C), Matrix(gradient, 0, n), Matrix(to, at, stride),
-                 plan.tile, C, n, False)
-            if r: column_sums(plan, tile, FRONT, ring, (g % p)*slot)
-        u = g - r
-        if u < 0: continue
-        count = row_offsets(plan, u, offsets)
-        for j in range(plan.cols):
-            o = plan.start + (u*plan.cols + j)*stride
-            if r: stack(dweights, o, ring, offsets, count, j*wide, n)
-            if sparse: sparse_dot_line(weights[o:o+n], dweights[o:o+n], mean)
-            else: dot_line(weights[o:o+n], dweights[o:o+n], mean)
+def weight_gradient(plan, pair, maps, mean, scratch):
+    "Gradient of the weights, B(products of values and the output's gradient); mean += its sum under the weights"
+    scratch.ring[:] = 0
+    for g in range(plan.key_height + plan.radius):
+        if g < plan.key_height: enter_product(plan, pair, g, maps.gradient, scratch)
+        row = g - plan.radius
+        if row < 0: continue
+        weights, d_weights = map_lines(plan, maps.weights, row), map_lines(plan, maps.gradient, row)
+        ring, around = ring_start(plan, scratch), row_offsets(plan, row, scratch)
+        for j in range(plan.key_width):
+            if plan.radius: stack(d_weights, j, ring, around, plan.lanes)
+            a, d = numbers(weights, j, plan.lanes), numbers(d_weights, j, plan.lanes)
+            if plan.sparse: sparse_dot_line(a, d, mean)
+            else: dot_line(a, d, mean)
+
+# %% ../../nbs/attention/03_whole.ipynb #b6023c11
+class Inputs(NamedTuple):
+    "What a level's scores are made of, as their gradient reads it"
+    keys: np.ndarray       # (key_height, channels, key_width)
+    pixels: np.ndarray     # queries (lanes, channels)
+    factor: np.ndarray     # (key_height, key_width)
+
+class Gradients(NamedTuple):
+    "Theirs"
+    keys: np.ndarray       # (key_height, key_lines, channels)
+    query: np.ndarray      # (channels, lanes), added to
+    factor: np.ndarray     # (key_height, key_width)
+
+# %% ../../nbs/attention/03_whole.ipynb #93e88ad3
+@_jit
+def raw_gradient(plan, row, maps, averages, factor, d_factor):
+    "Gradient of a key row's weights -> of its scores before the factor, in place; and of the factors"
+    n, mean, shift = plan.lanes, averages.mean, averages.shift
+    weights, d_weights = map_lines(plan, maps.weights, row), map_lines(plan, maps.gradient, row)
+    for j in range(plan.key_width):
+        a, d, f = numbers(weights, j, n), numbers(d_weights, j, n), factor[row, j]
+        if plan.sparse:
+            sparse_grad_line(a, d, mean)
+            if plan.normed: d_factor[row, j] = sparse_factor_line(a, d, shift)/f
+        else:
+            soft_grad_line(a, d, mean)
+            if plan.normed: d_factor[row, j] = soft_factor_line(a, d, shift)/f
+        times_line(d, f)
+        clear_end(plan, d_weights, j)
 
 # %% ../../nbs/attention/03_whole.ipynb #9ef165be
 @_jit
-def score_gradient(plan, weights, dweights, mean, shift, factor, keys, query, dquery, dkeys, dfactor, tile, ring,
-                   offsets, sparse, normed):
-    "dS, and the gradients of queries (c, n), keys (rows, tile, CN) and of the factor on each key"
-    r, n, stride = plan.radius, plan.lanes, plan.stride; p = 2*r+1
-    c = keys.shape[1]; CN = query.shape[1]; wide = n + 2*plan.margin; slot = plan.cols*wide
-    keys = keys.reshape(-1); query = query.reshape(-1); dq = dquery.reshape(-1); dk = dkeys.reshape(-1)
-    ring[:] = 0
-    for g in range(plan.rows + r):
-        if g < plan.rows:
-            for j in range(plan.cols):
-                o = plan.start + (g*plan.cols + j)*stride
-                a = weights[o:o+n]; d = dweights[o:o+n]; f = factor[g, j]
-                if sparse:
-                    sparse_grad_line(a, d, mean)
-                    if normed: dfactor[g, j] = sparse_factor_line(a, d, shift)/f
-                else:
-                    soft_grad_line(a, d, mean)
-                    if normed: dfactor[g, j] = soft_factor_line(a, d, shift)/f
-                times_line(d, f)
-                dweights[o+n:o+stride] = 0
-            if r: column_sums(plan, dweights, plan.start + g*plan.cols*stride, ring, (g % p)*slot)
-        u = g - r
-        if u < 0: continue
-        a, at = (tile, FRONT) if r else (dweights, plan.start + u*plan.cols*stride)
-        if r: row_sums(plan, u, ring, offsets, tile)
-        gemm(Matrix(keys, u*c*plan.cols, plan.cols), Matrix(a, at, stride), Matrix(dq, 0, n),
-             c, plan.cols, n, True)
-        gemm(Matrix(a, at, stride), Matrix(query, 0, CN), Matrix(dk, u*plan.tile*CN, CN),
-             plan.tile, n, CN, False)
+def score_gradient(plan, maps, averages, inputs, grads, scratch):
+    "Gradients of the scores in place of the weights', and those of keys, queries and factors"
+    planes, channels = inputs.keys.shape[1], inputs.pixels.shape[1]
+    keys, pixels = inputs.keys.reshape(-1), Matrix(inputs.pixels.reshape(-1), 0, channels)   # (lanes, channels)
+    to_keys, to_query = grads.keys.reshape(-1), Matrix(grads.query.reshape(-1), 0, plan.lanes)
+    scratch.ring[:] = 0
+    for g in range(plan.key_height + plan.radius):
+        if g < plan.key_height:
+            raw_gradient(plan, g, maps, averages, inputs.factor, grads.factor)
+            enter_row(plan, g, maps.gradient, scratch)
+        row = g - plan.radius
+        if row < 0: continue
+        d_scores = leave_row(plan, row, maps.gradient, scratch)                              # (key_lines, lanes)
+        key_row = Matrix(keys, row*planes*plan.key_width, plan.key_width)                    # (channels, key_width)
+        gemm(key_row, d_scores, to_query, planes, plan.key_width, plan.lanes, True)
+        at = Matrix(to_keys, row*plan.key_lines*channels, channels)                          # (key_lines, channels)
+        gemm(d_scores, pixels, at, plan.key_lines, plan.lanes, channels, False)
 
 # %% ../../nbs/attention/03_whole.ipynb #ae777277
 KEEP = 3 << 25   # bytes of weights that a call may keep for its backward pass
@@ -459,43 +574,42 @@ class KeptWeights:
             self.shelf.append(self.array)
             while sum(a.nbytes for a in self.shelf) > SHELF: self.shelf.pop(0)
 
-# %% ../../nbs/attention/03_whole.ipynb #4b9603b9
-def _up(n, k): return -(-n//k)*k
-
 # %% ../../nbs/attention/03_whole.ipynb #6ba558a3
 class Layout:
     "Sizes of a call, and its maps laid out for the kernels"
-    def __init__(self, p, query, keys):
-        self.N, self.c, self.H, self.W = query.shape
-        r = p//2; self.pitch = self.W + r
-        n = _up(self.H*self.pitch, 16)
-        stride = n + 16
-        if stride//16 % 2 == 0: stride += 16
-        self.n, self.stride, self.plans, lines = n, stride, [], 0
+    def __init__(self, patch, query, keys, sparse=False, normed=False):
+        self.N, self.channels, self.H, self.W = query.shape
+        self.sparse, self.pitch = sparse, self.W + patch//2
+        self.lanes = _up(self.H*self.pitch, 16)
+        self.stride = self.lanes + 16
+        if self.stride//16 % 2 == 0: self.stride += 16
+        self.plans, self.lines = [], 0
         for k in keys:
-            rows, cols = k.shape[-2:]
-            tile, margin = _up(cols, ROWS), _up(r*self.pitch, 16)
-            self.plans.append(Plan(rows, cols, tile, r, self.pitch, n, stride, margin, FRONT + lines*stride))
-            lines += rows*cols
-        self.lines = lines
-        self.size = FRONT + (lines + 8)*stride
-        widest = max(q.tile for q in self.plans)
-        self.tile_size = 2*FRONT + widest*stride
-        self.ring_size = max((p*q.cols*(n + 2*q.margin) if r else 0) for q in self.plans) + 16
+            height, width = k.shape[-2:]
+            self.plans.append(Plan(height, width, _up(width, ROWS), patch//2, self.pitch, self.lanes, self.stride,
+                                   _up(patch//2*self.pitch, 16), FRONT + self.lines*self.stride, sparse, normed))
+            self.lines += height*width
+        self.size = FRONT + (self.lines + 8)*self.stride     # a product of the last row writes whole tiles
+        self.tile_size = 2*FRONT + max(q.key_lines for q in self.plans)*self.stride
+        ring = max(q.key_width*(q.lanes + 2*q.margin) for q in self.plans) if patch > 1 else 0
+        self.ring_size = patch*ring + 16
         self.valid = self.lay(query.new_ones(1, 1, self.H, self.W))[0, 0]
     def lay(self, x):
-        "(N, c, H, W) -> (N, c, n)"
-        out = x.new_zeros(*x.shape[:2], self.n)
+        "(N, c, H, W) -> (N, c, lanes)"
+        out = x.new_zeros(*x.shape[:2], self.lanes)
         out[..., :self.H*self.pitch].unflatten(-1, (self.H, self.pitch))[..., :self.W] = x
         return out.numpy()
     def unlay(self, x):
+        "(..., lanes) -> (..., H, W)"
         return x[..., :self.H*self.pitch].unflatten(-1, (self.H, self.pitch))[..., :self.W]
     def pixels(self, x):
-        "(N, c, n) -> (N, n, c rounded up to whole vectors, which is what a product writes)"
+        "(N, c, lanes) -> (N, lanes, c rounded up to whole vectors, which is what a product writes)"
         return F.pad(torch.from_numpy(x).transpose(1, 2), (0, -x.shape[1] % (BYTES//x.itemsize))).contiguous().numpy()
     def rows(self, x, plan):
-        return F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, plan.tile-plan.cols)).contiguous().numpy()
+        "(N, c, Hk, Wk) -> (N, Hk, key_lines, c)"
+        return F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, plan.key_lines - plan.key_width)).contiguous().numpy()
     def planes(self, x):
+        "(N, c, Hk, Wk) -> (N, Hk, c rounded up to the register tile, Wk)"
         return F.pad(x.permute(0, 2, 1, 3), (0, 0, 0, -x.shape[1] % ROWS)).contiguous().numpy()
 
 # %% ../../nbs/attention/03_whole.ipynb #bf7facaf
@@ -509,7 +623,7 @@ def _each(N, work):
 
 # %% ../../nbs/attention/03_whole.ipynb #3895a759
 _local = threading.local()
-def _scratch(name, size, dtype):
+def _kept(name, size, dtype):
     "Memory of this thread, kept between calls"
     store = _local.__dict__.setdefault('arrays', {})
     a = store.get((name, dtype.str))
@@ -517,91 +631,130 @@ def _scratch(name, size, dtype):
         a = store[name, dtype.str] = np.zeros(size, dtype)
     return a[:size]
 
+# %% ../../nbs/attention/03_whole.ipynb #67f956b4
+def _scratch(lay):
+    "Scratch of this thread for the walks of one sample"
+    tile, ring = _kept('tile', lay.tile_size, lay.valid.dtype), _kept('ring', lay.ring_size, lay.valid.dtype)
+    tile[:] = 0                                              # every walk clears the ring
+    return Scratch(tile, ring, np.empty(64, np.int64))
+
+# %% ../../nbs/attention/03_whole.ipynb #14438577
+class Laid(NamedTuple):
+    "Query and keys of all samples as the first walk reads them"
+    query: np.ndarray      # (N, c, lanes)
+    keys: list             # of a level: (N, key_height, key_lines, c)
+    factors: list          # (N, key_height, key_width)
+
 # %% ../../nbs/attention/03_whole.ipynb #d9db8d90
-def _first_walk(lay, n, q, keys, facs, A, sparse):
-    "Scores of all levels; noted tops, the largest or the threshold, 1/sum"
-    dtype = q.dtype
-    tile, ring = _scratch('tile', lay.tile_size, dtype), _scratch('ring', lay.ring_size, dtype)
-    tile[:] = 0; A[:FRONT] = 0
-    offsets = np.empty(64, np.int64)
-    top, total = np.full(lay.n, -1e30, dtype), np.zeros(lay.n, dtype)
-    tops = []
-    for plan, k, f in zip(lay.plans, keys, facs):
-        tops.append(np.empty((0 if sparse else plan.rows, lay.n), dtype))
-        score_walk(plan, k[n], q[n], f[n], A, top, total, tops[-1], tile, ring, offsets, sparse)
-    if sparse:
-        tau = np.empty_like(top)
-        line_thresholds(A, lay.lines, lay.stride, top, tau)
-        return tops, tau, lay.valid
-    return tops, top, lay.valid/total
+def _first_walk(lay, n, laid, weights, scratch):
+    "Scores of all levels of sample n, or their exponentials; what makes them weights, for each level"
+    dtype = weights.dtype
+    weights[:FRONT] = 0
+    largest, total = np.full(lay.lanes, -1e30, dtype), np.zeros(lay.lanes, dtype)
+    noted = [np.empty((0 if lay.sparse else plan.key_height, lay.lanes), dtype) for plan in lay.plans]
+    for plan, keys, factor, rows in zip(lay.plans, laid.keys, laid.factors, noted):
+        score_walk(plan, Pair(keys[n], laid.query[n]), factor[n], weights, Running(largest, total, rows), scratch)
+    if not lay.sparse: return [Weighing(rows, largest, lay.valid/total) for rows in noted]
+    thresholds = np.empty_like(largest)
+    line_thresholds(weights, lay.lines, lay.stride, largest, thresholds)
+    return [Weighing(rows, thresholds, lay.valid) for rows in noted]
+
+# %% ../../nbs/attention/03_whole.ipynb #3a6bb53a
+def _forward_sample(lay, n, laid, values, weights, out):
+    "Both walks of sample n: weights and out (channels, lanes) in place; score less log(weight) of every query"
+    scratch = _scratch(lay)
+    levels = _first_walk(lay, n, laid, weights, scratch)
+    for plan, v, weighing in zip(lay.plans, values, levels): value_walk(plan, v[n], weighing, weights, out, scratch)
+    _, shift, inverse = levels[0]
+    return shift if lay.sparse else shift - np.log(np.where(lay.valid > 0, inverse, 1))
+
+# %% ../../nbs/attention/03_whole.ipynb #9ff19369
+class _Back:
+    "What a backward pass reads and fills, of all samples"
+    def __init__(self, lay, query, grad, keys, factors, values):
+        "query (N, c, lanes) and the output's gradient (N, C, lanes) are laid out already"
+        self.lay, self.grad, self.factors = lay, grad, factors
+        self.query_pixels, self.grad_pixels = lay.pixels(query), lay.pixels(grad)
+        self.keys = [lay.planes(k) for k in keys]
+        self.values = [lay.rows(v, plan) for v, plan in zip(values, lay.plans)]
+        room = lambda plan, pixels: np.empty((lay.N, plan.key_height, plan.key_lines, pixels.shape[-1]), pixels.dtype)
+        self.d_keys = [room(plan, self.query_pixels) for plan in lay.plans]
+        self.d_values = [room(plan, self.grad_pixels) for plan in lay.plans]
+        self.d_factors = [np.zeros(f.shape, query.dtype) for f in factors]
+        self.d_query = np.zeros((lay.N, self.keys[0].shape[2], lay.lanes), query.dtype)
+    def sample(self, n, weights, shift, scratch):
+        "The three walks of sample n"
+        lay, maps = self.lay, Maps(weights, _kept('gradient', self.lay.size, weights.dtype))
+        maps.gradient[:FRONT] = 0
+        mean = np.zeros(lay.lanes, weights.dtype)
+        for plan, v, d_values in zip(lay.plans, self.values, self.d_values):
+            value_gradient(plan, weights, self.grad_pixels[n], d_values[n], scratch)
+            weight_gradient(plan, Pair(v[n], self.grad[n]), maps, mean, scratch)
+        if lay.sparse:
+            count = np.zeros(lay.lanes, weights.dtype)
+            support_count(weights, lay.lines, lay.stride, count)
+            mean /= np.maximum(count, 1)
+        for i, plan in enumerate(lay.plans):
+            inputs = Inputs(self.keys[i][n], self.query_pixels[n], self.factors[i][n])
+            grads = Gradients(self.d_keys[i][n], self.d_query[n], self.d_factors[i][n])
+            score_gradient(plan, maps, Averages(mean, shift), inputs, grads, scratch)
+    def gradients(self, channels, value_channels):
+        "Of the query, then of each level's keys, factors and values, as they were given"
+        back = lambda x, plan, c: torch.from_numpy(x[:, :, :plan.key_width, :c]).permute(0, 3, 1, 2)
+        return (self.lay.unlay(torch.from_numpy(self.d_query)[:, :channels]),
+                *[back(d, plan, channels) for d, plan in zip(self.d_keys, self.lay.plans)],
+                *[torch.from_numpy(d) for d in self.d_factors],
+                *[back(d, plan, value_channels) for d, plan in zip(self.d_values, self.lay.plans)])
+
+# %% ../../nbs/attention/03_whole.ipynb #f49fabb6
+def _by_kind(maps, count):
+    "Keys, factors and values of `count` levels"
+    return maps[:count], maps[count:2*count], maps[2*count:]
+
+def _laid(lay, query, keys, factors):
+    "All samples laid out for the first walk"
+    return Laid(lay.lay(query), [lay.rows(k, plan) for k, plan in zip(keys, lay.plans)],
+                [f.contiguous().numpy() for f in factors])
+
+def _weights_again(lay, n, laid, scratch):
+    "Weights of sample n, where they were not kept"
+    weights = _kept('weights', lay.size, laid.query.dtype)
+    levels = _first_walk(lay, n, laid, weights, scratch)
+    for plan, weighing in zip(lay.plans, levels): weigh_rows(plan, weighing, weights)
+    return weights
 
 # %% ../../nbs/attention/03_whole.ipynb #a2788236
 class WholeMaps(torch.autograd.Function):
     "Patch attention by whole maps; weights are kept for the backward pass up to `KEEP` bytes"
     @staticmethod
-    def forward(ctx, p, count, sparse, normed, query, *maps):
-        maps = [t.detach() for t in maps]
-        keys, facs, values = maps[:count], maps[count:2*count], maps[2*count:]
-        lay = Layout(p, query, keys)
-        q = lay.lay(query.detach()); dtype = q.dtype
-        K = [lay.rows(k, plan) for k, plan in zip(keys, lay.plans)]
-        V = [lay.planes(v) for v in values]; fac = [f.contiguous().numpy() for f in facs]
-        grads = any(ctx.needs_input_grad)
-        keep = grads and lay.N*lay.size*dtype.itemsize <= KEEP
+    def forward(ctx, patch, count, sparse, normed, query, *maps):
+        "patch, number of levels, kind, query (N, c, H, W), then of each level its keys, factors (N, Hk, Wk) and values"
+        keys, factors, values = _by_kind([t.detach() for t in maps], count)
+        lay = Layout(patch, query, keys, sparse, normed)
+        laid, dtype = _laid(lay, query.detach(), keys, factors), lay.valid.dtype
+        keep = any(ctx.needs_input_grad) and lay.N*lay.size*dtype.itemsize <= KEEP
         kept = KeptWeights((lay.N, lay.size), dtype) if keep else None
-        Z = torch.zeros(lay.N, V[0].shape[2], lay.n, dtype=query.dtype); out = Z.numpy()
-        shift = np.empty((lay.N, lay.n), dtype)
-        def work(n):
-            A = kept.array[n] if keep else _scratch('A', lay.size, dtype)
-            tops, top, inverse = _first_walk(lay, n, q, K, fac, A, sparse)
-            tile, ring = _scratch('tile', lay.tile_size, dtype), _scratch('ring', lay.ring_size, dtype)
-            offsets = np.empty(64, np.int64)
-            for plan, v, t in zip(lay.plans, V, tops):
-                value_walk(plan, v[n], A, t, top, inverse, out[n], tile, ring, offsets, sparse)
-            shift[n] = top if sparse else top - np.log(np.where(lay.valid > 0, inverse, 1))
-        _each(lay.N, work)
-        ctx.save_for_backward(query, *maps); ctx.lay, ctx.kept, ctx.shift = lay, kept, shift
-        ctx.count, ctx.sparse, ctx.normed = count, sparse, normed
-        return lay.unlay(Z[:, :values[0].shape[1]]).contiguous()
+        planes = [lay.planes(v) for v in values]
+        out, shift = np.zeros((lay.N, planes[0].shape[2], lay.lanes), dtype), np.empty((lay.N, lay.lanes), dtype)
+        def sample(n):
+            weights = kept.array[n] if keep else _kept('weights', lay.size, dtype)
+            shift[n] = _forward_sample(lay, n, laid, planes, weights, out[n])
+        _each(lay.N, sample)
+        ctx.save_for_backward(query, *maps)
+        ctx.lay, ctx.kept, ctx.shift, ctx.count = lay, kept, shift, count
+        return lay.unlay(torch.from_numpy(out)[:, :values[0].shape[1]]).contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         query, *maps = ctx.saved_tensors
-        count, lay, sparse, normed = ctx.count, ctx.lay, ctx.sparse, ctx.normed
-        keys, facs, values = maps[:count], maps[count:2*count], maps[2*count:]
-        q, G = lay.lay(query), lay.lay(grad); dtype = q.dtype
-        QT, GT = lay.pixels(q), lay.pixels(G)
-        fac = [f.contiguous().numpy() for f in facs]
-        KB = [lay.planes(k) for k in keys]
-        VB = [lay.rows(v, plan) for v, plan in zip(values, lay.plans)]
-        K = None if ctx.kept is not None else [lay.rows(k, plan) for k, plan in zip(keys, lay.plans)]
-        dV = [np.empty((lay.N, s.rows, s.tile, GT.shape[-1]), dtype) for s in lay.plans]
-        dK = [np.empty((lay.N, s.rows, s.tile, QT.shape[-1]), dtype) for s in lay.plans]
-        dF = [np.zeros((lay.N, s.rows, s.cols), dtype) for s in lay.plans]
-        dQ = torch.zeros(lay.N, KB[0].shape[2], lay.n, dtype=query.dtype); dq = dQ.numpy()
-        def work(n):
-            tile, ring = _scratch('tile', lay.tile_size, dtype), _scratch('ring', lay.ring_size, dtype)
-            offsets = np.empty(64, np.int64)
-            dA = _scratch('dA', lay.size, dtype)
-            if ctx.kept is not None: A = ctx.kept.array[n]
-            else:
-                A = _scratch('A', lay.size, dtype)
-                tops, top, inverse = _first_walk(lay, n, q, K, fac, A, sparse)
-                for plan, t in zip(lay.plans, tops): weigh_rows(plan, A, t, top, inverse, sparse)
-            tile[:] = 0; dA[:FRONT] = 0
-            mean = np.zeros(lay.n, dtype)
-            for plan, v, dv in zip(lay.plans, VB, dV):
-                value_gradient(plan, A, GT[n], dv[n], tile, ring, offsets)
-                weight_gradient(plan, v[n], G[n], A, dA, mean, tile, ring, offsets, sparse)
-            if sparse:
-                size = np.zeros(lay.n, dtype); support_count(A, lay.lines, lay.stride, size)
-                mean /= np.maximum(size, 1)
-            for plan, f, k, dk, df in zip(lay.plans, fac, KB, dK, dF):
-                score_gradient(plan, A, dA, mean, ctx.shift[n], f[n], k[n], QT[n], dq[n], dk[n], df[n], tile, ring,
-                               offsets, sparse, normed)
-        _each(lay.N, work)
-        back = lambda x, s, c: torch.from_numpy(x[:, :, :s.cols, :c]).permute(0, 3, 1, 2)
-        return (None, None, None, None, lay.unlay(dQ[:, :lay.c]),
-                *[back(d, s, lay.c) for d, s in zip(dK, lay.plans)], *[torch.from_numpy(d) for d in dF],
-                *[back(d, s, values[0].shape[1]) for d, s in zip(dV, lay.plans)])
+        lay, kept = ctx.lay, ctx.kept
+        keys, factors, values = _by_kind(maps, ctx.count)
+        laid = _laid(lay, query, keys if kept is None else [], factors)
+        back = _Back(lay, laid.query, lay.lay(grad), keys, laid.factors, values)
+        def sample(n):
+            scratch = _scratch(lay)
+            weights = _weights_again(lay, n, laid, scratch) if kept is None else kept.array[n]
+            back.sample(n, weights, ctx.shift[n], scratch)
+        _each(lay.N, sample)
+        return (None, None, None, None, *back.gradients(lay.channels, values[0].shape[1]))

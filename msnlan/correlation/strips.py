@@ -56,7 +56,7 @@ class Strips:
         part, before = self.part(first, last)
         if self.compiled:
             A, lay = self.walk(part)
-            found = lay.unlay(torch.from_numpy(A).unflatten(0, (lay.lines, lay.stride))[:, :lay.n])
+            found = lay.unlay(torch.from_numpy(A).unflatten(0, (lay.lines, lay.stride))[:, :lay.lanes])
         else:
             found = [(box_scores(torch.einsum('nchw,ncij->nhwij', part, k), self.patch//2)*f.unsqueeze(1)
                       .unsqueeze(1)).flatten(3) for k, f in zip(self.keys, self.factors)]
@@ -65,15 +65,15 @@ class Strips:
 
     def walk(self, part)->tuple:   # the scores (L*stride,), its `Layout`
         "The compiled walk over a strip"
-        from msnlan.attention.whole import FRONT, Layout, score_walk
-        lay = Layout(self.patch, part, self.keys)
-        A = np.zeros(lay.size, np.float32)
-        tile, ring = np.zeros(lay.tile_size, np.float32), np.zeros(lay.ring_size, np.float32)
-        top, none, q = np.full(lay.n, -1e30, np.float32), np.zeros(lay.n, np.float32), lay.lay(part)
-        tops, offsets = np.empty((0, lay.n), np.float32), np.empty(64, np.int64)
+        from msnlan.attention.cpu import Pair
+        from msnlan.attention.whole import FRONT, Layout, Running, Scratch, score_walk
+        zeros = lambda n: np.zeros(n, np.float32)
+        lay = Layout(self.patch, part, self.keys, sparse=True)                     # scores, not their exponentials
+        A, query = zeros(lay.size), lay.lay(part)[0]
+        scratch = Scratch(zeros(lay.tile_size), zeros(lay.ring_size), np.empty(64, np.int64))
+        running = Running(zeros(lay.lanes) - 1e30, zeros(lay.lanes), np.empty((0, lay.lanes), np.float32))
         for k, f, plan in zip(self.keys, self.factors, lay.plans):
-            score_walk(plan, lay.rows(k, plan)[0], q[0], f[0].numpy(), A, top, none, tops, tile, ring,
-                       offsets, True)
+            score_walk(plan, Pair(lay.rows(k, plan)[0], query), f[0].numpy(), A, running, scratch)
         return A[FRONT:FRONT + lay.lines*lay.stride], lay
 
 # %% ../../nbs/correlation/02_strips.ipynb #19a99a45
@@ -112,7 +112,7 @@ def largest(
             continue
         part, before = strips.part(first, last)
         A, lay = strips.walk(part)
-        best, at = np.full((k, lay.n), -np.inf, np.float32), np.zeros((k, lay.n), np.int64)
+        best, at = np.full((k, lay.lanes), -np.inf, np.float32), np.zeros((k, lay.lanes), np.int64)
         _compiled_top()(A, lay.lines, lay.stride, best, at)
         out.append([lay.unlay(torch.from_numpy(t))[:, before:before + last - first].flatten(1).T
                     for t in (best, at)])
