@@ -27,7 +27,7 @@ from .cpu import Pair, _up
 from .kernels import (BITS, BYTES, HALF, LN2A, LN2B, ONE, ROWS, Matrix, _box_block, _exp, _float_of,
                                       _jit, _place, _vectors, dot_line, f32, gemm, rescale_line)
 
-# %% ../../nbs/attention/03_whole.ipynb #81e1b0db
+# %% ../../nbs/attention/03_whole.ipynb #db3ee263
 @_jit
 def numbers(matrix, j, n):
     "The first n numbers of row j"
@@ -259,7 +259,7 @@ class Scratch(NamedTuple):
 # %% ../../nbs/attention/03_whole.ipynb #ea446805
 FRONT = 16   # zero lanes before the first line
 
-# %% ../../nbs/attention/03_whole.ipynb #3d6ec315
+# %% ../../nbs/attention/03_whole.ipynb #39ef5d13
 @_jit
 def map_lines(plan, flat, row):
     "A key row of a flat map, (key_width, lanes)"
@@ -311,7 +311,7 @@ def row_sums(plan, row, scratch):
     for j in range(plan.key_width): stack(tile, j, ring, around, plan.lanes)
     return tile
 
-# %% ../../nbs/attention/03_whole.ipynb #e1b3dbc3
+# %% ../../nbs/attention/03_whole.ipynb #704f85c6
 @_jit
 def enter_product(plan, pair, row, flat, scratch):
     "Products of a key row with all queries: summed along the columns -> ring; of single pixels -> the map"
@@ -322,19 +322,19 @@ def enter_product(plan, pair, row, flat, scratch):
     gemm(keys, queries, to, plan.key_lines, channels, plan.lanes, False)
     if plan.radius: column_sums(plan, to, row, scratch)
 
-# %% ../../nbs/attention/03_whole.ipynb #228e9517
+# %% ../../nbs/attention/03_whole.ipynb #2aeb3c11
 @_jit
 def enter_row(plan, row, flat, scratch):
     "A key row of a map, summed along the columns -> ring"
     if plan.radius: column_sums(plan, map_lines(plan, flat, row), row, scratch)
 
-# %% ../../nbs/attention/03_whole.ipynb #e91b5827
+# %% ../../nbs/attention/03_whole.ipynb #3e3965b4
 @_jit
 def leave_row(plan, row, flat, scratch):
     "B of a key row, (key_width, lanes): out of the ring; single pixels are their own"
     return row_sums(plan, row, scratch) if plan.radius else map_lines(plan, flat, row)
 
-# %% ../../nbs/attention/03_whole.ipynb #7a8b4839
+# %% ../../nbs/attention/03_whole.ipynb #e93a15f8
 class Running(NamedTuple):
     "What the first walk knows of every query; it goes from level to level"
     largest: np.ndarray    # largest score so far (lanes)
@@ -347,7 +347,7 @@ class Weighing(NamedTuple):
     shift: np.ndarray      # largest score of all levels; sparsemax: the threshold (lanes)
     inverse: np.ndarray    # 1 / total, 0 where there is no query; sparsemax: 1 or 0 (lanes)
 
-# %% ../../nbs/attention/03_whole.ipynb #4881f0e3
+# %% ../../nbs/attention/03_whole.ipynb #d3e2dc52
 @_jit
 def scores_leave(plan, row, factor, scores, largest, scratch):
     "Sum out of the ring times the key's factor -> scores of a key row, and the largest of every query"
@@ -374,7 +374,7 @@ def score_walk(plan, pair, factor, scores, running, scratch):
         lines = map_lines(plan, scores, row)
         for j in range(plan.key_width): expsum_inplace(numbers(lines, j, plan.lanes), largest, total)
 
-# %% ../../nbs/attention/03_whole.ipynb #de21ba2f
+# %% ../../nbs/attention/03_whole.ipynb #c8b47330
 @_jit
 def clear_end(plan, lines, j):
     "Zeros beyond the queries of a line"
@@ -475,7 +475,7 @@ def value_gradient(plan, weights, pixels, d_values, scratch):
         gemm(leave_row(plan, row, weights, scratch), Matrix(flat, 0, channels), at,
              plan.key_lines, plan.lanes, channels, False)
 
-# %% ../../nbs/attention/03_whole.ipynb #44fd87fa
+# %% ../../nbs/attention/03_whole.ipynb #c835bee1
 class Maps(NamedTuple):
     "The maps of a sample, all levels one behind the other"
     weights: np.ndarray
@@ -503,7 +503,7 @@ def weight_gradient(plan, pair, maps, mean, scratch):
             if plan.sparse: sparse_dot_line(a, d, mean)
             else: dot_line(a, d, mean)
 
-# %% ../../nbs/attention/03_whole.ipynb #b6023c11
+# %% ../../nbs/attention/03_whole.ipynb #0e895f46
 class Inputs(NamedTuple):
     "What a level's scores are made of, as their gradient reads it"
     keys: np.ndarray       # (key_height, channels, key_width)
@@ -516,7 +516,7 @@ class Gradients(NamedTuple):
     query: np.ndarray      # (channels, lanes), added to
     factor: np.ndarray     # (key_height, key_width)
 
-# %% ../../nbs/attention/03_whole.ipynb #93e88ad3
+# %% ../../nbs/attention/03_whole.ipynb #8ba317fc
 @_jit
 def raw_gradient(plan, row, maps, averages, factor, d_factor):
     "Gradient of a key row's weights -> of its scores before the factor, in place; and of the factors"
@@ -631,14 +631,14 @@ def _kept(name, size, dtype):
         a = store[name, dtype.str] = np.zeros(size, dtype)
     return a[:size]
 
-# %% ../../nbs/attention/03_whole.ipynb #67f956b4
+# %% ../../nbs/attention/03_whole.ipynb #af914281
 def _scratch(lay):
     "Scratch of this thread for the walks of one sample"
     tile, ring = _kept('tile', lay.tile_size, lay.valid.dtype), _kept('ring', lay.ring_size, lay.valid.dtype)
     tile[:] = 0                                              # every walk clears the ring
     return Scratch(tile, ring, np.empty(64, np.int64))
 
-# %% ../../nbs/attention/03_whole.ipynb #14438577
+# %% ../../nbs/attention/03_whole.ipynb #12af9d14
 class Laid(NamedTuple):
     "Query and keys of all samples as the first walk reads them"
     query: np.ndarray      # (N, c, lanes)
@@ -659,7 +659,7 @@ def _first_walk(lay, n, laid, weights, scratch):
     line_thresholds(weights, lay.lines, lay.stride, largest, thresholds)
     return [Weighing(rows, thresholds, lay.valid) for rows in noted]
 
-# %% ../../nbs/attention/03_whole.ipynb #3a6bb53a
+# %% ../../nbs/attention/03_whole.ipynb #fc4fd0b8
 def _forward_sample(lay, n, laid, values, weights, out):
     "Both walks of sample n: weights and out (channels, lanes) in place; score less log(weight) of every query"
     scratch = _scratch(lay)
@@ -668,7 +668,7 @@ def _forward_sample(lay, n, laid, values, weights, out):
     _, shift, inverse = levels[0]
     return shift if lay.sparse else shift - np.log(np.where(lay.valid > 0, inverse, 1))
 
-# %% ../../nbs/attention/03_whole.ipynb #9ff19369
+# %% ../../nbs/attention/03_whole.ipynb #5a601f66
 class _Back:
     "What a backward pass reads and fills, of all samples"
     def __init__(self, lay, query, grad, keys, factors, values):
@@ -706,7 +706,7 @@ class _Back:
                 *[torch.from_numpy(d) for d in self.d_factors],
                 *[back(d, plan, value_channels) for d, plan in zip(self.d_values, self.lay.plans)])
 
-# %% ../../nbs/attention/03_whole.ipynb #f49fabb6
+# %% ../../nbs/attention/03_whole.ipynb #aaa87696
 def _by_kind(maps, count):
     "Keys, factors and values of `count` levels"
     return maps[:count], maps[count:2*count], maps[2*count:]
