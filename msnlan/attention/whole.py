@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['i32', 'SQRTHF_BITS', 'L0', 'L1', 'L2', 'L3', 'L4', 'L5', 'L6', 'L7', 'L8', 'TINY', 'MANT', 'FRONT', 'KEEP', 'SHELF',
-           'lanes_of', 'stack', 'stack_largest', 'log32', 'expsum_inplace', 'scale_lanes', 'support_line',
-           'soft_grad_line', 'sparse_dot_line', 'sparse_grad_line', 'soft_factor_line', 'sparse_factor_line',
-           'times_line', 'Plan', 'Scratch', 'map_lines', 'tile_lines', 'ring_lines', 'ring_start', 'column_sums',
-           'row_offsets', 'row_sums', 'enter_product', 'enter_row', 'leave_row', 'Running', 'Weighing', 'scores_leave',
-           'score_walk', 'clear_end', 'weigh_row', 'weigh_rows', 'excess_line', 'line_thresholds', 'support_count',
-           'value_walk', 'value_gradient', 'MapPair', 'Averages', 'weight_gradient', 'Inputs', 'InputGradients',
-           'raw_gradient', 'score_gradient', 'KeptWeights', 'Layout', 'Laid', 'WholeMaps']
+           'stack', 'stack_largest', 'log32', 'expsum_inplace', 'scale_lanes', 'support_line', 'soft_grad_line',
+           'sparse_dot_line', 'sparse_grad_line', 'soft_factor_line', 'sparse_factor_line', 'times_line', 'Plan',
+           'Scratch', 'map_lines', 'tile_lines', 'ring_lines', 'ring_start', 'column_sums', 'row_offsets', 'row_sums',
+           'enter_product', 'enter_row', 'leave_row', 'Running', 'Weighing', 'scores_leave', 'score_walk', 'clear_end',
+           'weigh_row', 'weigh_rows', 'excess_line', 'line_thresholds', 'support_count', 'value_walk', 'value_gradient',
+           'MapPair', 'Averages', 'weight_gradient', 'Inputs', 'InputGradients', 'raw_gradient', 'score_gradient',
+           'KeptWeights', 'Layout', 'Laid', 'WholeMaps']
 
 # %% ../../nbs/attention/03_whole.ipynb #d9de1c60
 import functools, math, threading
@@ -26,13 +26,6 @@ from numba.extending import intrinsic, overload
 from .cpu import Pair, _up
 from .kernels import (BITS, BYTES, HALF, LN2A, LN2B, ONE, ROWS, Matrix, _box_block, _exp, _float_of,
                                       _jit, _place, _vectors, dot_line, f32, gemm, rescale_line)
-
-# %% ../../nbs/attention/03_whole.ipynb #b8a4e757
-@_jit
-def lanes_of(matrix, j, n):
-    "The first n numbers of row j"
-    at = matrix.start + j*matrix.pitch
-    return matrix.data[at:at+n]
 
 # %% ../../nbs/attention/03_whole.ipynb #c35dbb3e
 _box1, _box2, _box3, _box4, _box5, _box6, _box7 = [_box_block(k, BITS) for k in range(1, 8)]
@@ -259,7 +252,7 @@ class Scratch(NamedTuple):
 # %% ../../nbs/attention/03_whole.ipynb #ea446805
 FRONT = 16   # zero lanes before the first line
 
-# %% ../../nbs/attention/03_whole.ipynb #16005eef
+# %% ../../nbs/attention/03_whole.ipynb #0b0359b6
 @_jit
 def map_lines(plan, flat, row):
     "A key row of a flat map, (key_width, lanes)"
@@ -311,7 +304,7 @@ def row_sums(plan, row, scratch):
     for j in range(plan.key_width): stack(tile, j, ring, around, plan.lanes)
     return tile
 
-# %% ../../nbs/attention/03_whole.ipynb #ae8db29b
+# %% ../../nbs/attention/03_whole.ipynb #1a5ab6fe
 @_jit
 def enter_product(plan, pair, row, flat, scratch):
     "Products of a key row with all queries: summed along the columns -> ring; of single pixels -> the map"
@@ -322,19 +315,19 @@ def enter_product(plan, pair, row, flat, scratch):
     gemm(keys, queries, to, plan.key_lines, channels, plan.lanes, False)
     if plan.radius: column_sums(plan, to, row, scratch)
 
-# %% ../../nbs/attention/03_whole.ipynb #0d44bca9
+# %% ../../nbs/attention/03_whole.ipynb #fd5d6acc
 @_jit
 def enter_row(plan, row, flat, scratch):
     "A key row of a map, summed along the columns -> ring"
     if plan.radius: column_sums(plan, map_lines(plan, flat, row), row, scratch)
 
-# %% ../../nbs/attention/03_whole.ipynb #3f511196
+# %% ../../nbs/attention/03_whole.ipynb #c5b861cc
 @_jit
 def leave_row(plan, row, flat, scratch):
     "B of a key row, (key_width, lanes): out of the ring; single pixels are their own"
     return row_sums(plan, row, scratch) if plan.radius else map_lines(plan, flat, row)
 
-# %% ../../nbs/attention/03_whole.ipynb #c1da14bd
+# %% ../../nbs/attention/03_whole.ipynb #4f86edea
 class Running(NamedTuple):
     "What the first walk knows of every query; it goes from level to level"
     largest: np.ndarray    # largest score so far (lanes)
@@ -347,7 +340,7 @@ class Weighing(NamedTuple):
     shift: np.ndarray      # largest score of all levels; sparsemax: the threshold (lanes)
     inverse: np.ndarray    # 1 / total, 0 where there is no query; sparsemax: 1 or 0 (lanes)
 
-# %% ../../nbs/attention/03_whole.ipynb #b8f0979b
+# %% ../../nbs/attention/03_whole.ipynb #dc90ac74
 @_jit
 def scores_leave(plan, row, factor, scores, largest, scratch):
     "Sum out of the ring times the key's factor -> scores of a key row, and the largest of every query"
@@ -371,15 +364,16 @@ def score_walk(plan, pair, factor, scores, running, scratch):
         if plan.sparse: continue
         rescale_line(total, before, largest)
         running.noted[row] = largest
-        lines = map_lines(plan, scores, row)
-        for j in range(plan.key_width): expsum_inplace(lanes_of(lines, j, plan.lanes), largest, total)
+        at = map_lines(plan, scores, row).start
+        for j in range(plan.key_width):
+            expsum_inplace(scores[at:at+plan.lanes], largest, total)
+            at += plan.stride
 
-# %% ../../nbs/attention/03_whole.ipynb #f468f90f
+# %% ../../nbs/attention/03_whole.ipynb #c184149f
 @_jit
-def clear_end(plan, lines, j):
-    "Zeros beyond the queries of a line"
-    at = lines.start + j*lines.pitch
-    lines.data[at+plan.lanes:at+plan.stride] = 0
+def clear_end(plan, flat, at):
+    "Zeros beyond the queries of the line at `at`"
+    flat[at+plan.lanes:at+plan.stride] = 0
 
 # %% ../../nbs/attention/03_whole.ipynb #4277f609
 @_jit
@@ -389,11 +383,12 @@ def weigh_row(plan, row, weighing, weights, scale):
     cut = inverse[0]*0 + 1e-26
     if not plan.sparse:
         for x in range(n): scale[x] = _exp(weighing.noted[row, x] - shift[x])*inverse[x]
-    lines = map_lines(plan, weights, row)
+    at = map_lines(plan, weights, row).start
     for j in range(plan.key_width):
-        if plan.sparse: support_line(lanes_of(lines, j, n), shift, inverse)
-        else: scale_lanes(lanes_of(lines, j, n), scale, cut)
-        clear_end(plan, lines, j)
+        if plan.sparse: support_line(weights[at:at+n], shift, inverse)
+        else: scale_lanes(weights[at:at+n], scale, cut)
+        clear_end(plan, weights, at)
+        at += plan.stride
 
 # %% ../../nbs/attention/03_whole.ipynb #16b158f8
 @_jit
@@ -475,7 +470,7 @@ def value_gradient(plan, weights, pixels, d_values, scratch):
         gemm(leave_row(plan, row, weights, scratch), Matrix(flat, 0, channels), at,
              plan.key_lines, plan.lanes, channels, False)
 
-# %% ../../nbs/attention/03_whole.ipynb #687882a8
+# %% ../../nbs/attention/03_whole.ipynb #b6144e32
 class MapPair(NamedTuple):
     "The maps of a sample, all levels one behind the other"
     weights: np.ndarray
@@ -490,20 +485,23 @@ class Averages(NamedTuple):
 @_jit
 def weight_gradient(plan, pair, maps, mean, scratch):
     "Gradient of the weights, B(products of values and the output's gradient); mean += its sum under the weights"
+    weights, gradient = maps.weights, maps.gradient
     scratch.ring[:] = 0
     for g in range(plan.key_height + plan.radius):
-        if g < plan.key_height: enter_product(plan, pair, g, maps.gradient, scratch)
+        if g < plan.key_height: enter_product(plan, pair, g, gradient, scratch)
         row = g - plan.radius
         if row < 0: continue
-        weights, d_weights = map_lines(plan, maps.weights, row), map_lines(plan, maps.gradient, row)
+        d_weights = map_lines(plan, gradient, row)
+        at = d_weights.start                                 # both maps have their lines at the same places
         ring, around = ring_start(plan, scratch), row_offsets(plan, row, scratch)
         for j in range(plan.key_width):
             if plan.radius: stack(d_weights, j, ring, around, plan.lanes)
-            a, d = lanes_of(weights, j, plan.lanes), lanes_of(d_weights, j, plan.lanes)
+            a, d = weights[at:at+plan.lanes], gradient[at:at+plan.lanes]
             if plan.sparse: sparse_dot_line(a, d, mean)
             else: dot_line(a, d, mean)
+            at += plan.stride
 
-# %% ../../nbs/attention/03_whole.ipynb #77b46f21
+# %% ../../nbs/attention/03_whole.ipynb #9ad5fa7c
 class Inputs(NamedTuple):
     "What a level's scores are made of, as their gradient reads it"
     keys: np.ndarray       # (key_height, channels, key_width)
@@ -516,14 +514,15 @@ class InputGradients(NamedTuple):
     query: np.ndarray      # (channels, lanes), added to
     factor: np.ndarray     # (key_height, key_width)
 
-# %% ../../nbs/attention/03_whole.ipynb #1eded12b
+# %% ../../nbs/attention/03_whole.ipynb #c8753254
 @_jit
 def raw_gradient(plan, row, maps, averages, factor, d_factor):
     "Gradient of a key row's weights -> of its scores before the factor, in place; and of the factors"
     n, mean, shift = plan.lanes, averages.mean, averages.shift
-    weights, d_weights = map_lines(plan, maps.weights, row), map_lines(plan, maps.gradient, row)
+    weights, gradient = maps.weights, maps.gradient
+    at = map_lines(plan, weights, row).start
     for j in range(plan.key_width):
-        a, d, f = lanes_of(weights, j, n), lanes_of(d_weights, j, n), factor[row, j]
+        a, d, f = weights[at:at+n], gradient[at:at+n], factor[row, j]
         if plan.sparse:
             sparse_grad_line(a, d, mean)
             if plan.normed: d_factor[row, j] = sparse_factor_line(a, d, shift)/f
@@ -531,7 +530,8 @@ def raw_gradient(plan, row, maps, averages, factor, d_factor):
             soft_grad_line(a, d, mean)
             if plan.normed: d_factor[row, j] = soft_factor_line(a, d, shift)/f
         times_line(d, f)
-        clear_end(plan, d_weights, j)
+        clear_end(plan, gradient, at)
+        at += plan.stride
 
 # %% ../../nbs/attention/03_whole.ipynb #9ef165be
 @_jit
@@ -631,14 +631,14 @@ def _kept(name, size, dtype):
         a = store[name, dtype.str] = np.zeros(size, dtype)
     return a[:size]
 
-# %% ../../nbs/attention/03_whole.ipynb #636e535e
+# %% ../../nbs/attention/03_whole.ipynb #e64117b0
 def _scratch(lay):
     "Scratch of this thread for the walks of one sample"
     tile, ring = _kept('tile', lay.tile_size, lay.valid.dtype), _kept('ring', lay.ring_size, lay.valid.dtype)
     tile[:] = 0                                              # every walk clears the ring
     return Scratch(tile, ring, np.empty(64, np.int64))
 
-# %% ../../nbs/attention/03_whole.ipynb #569658b9
+# %% ../../nbs/attention/03_whole.ipynb #a91b3921
 class Laid(NamedTuple):
     "Query and keys of all samples as the first walk reads them"
     query: np.ndarray      # (N, c, lanes)
@@ -659,7 +659,7 @@ def _first_walk(lay, n, laid, weights, scratch):
     line_thresholds(weights, lay.lines, lay.stride, largest, thresholds)
     return [Weighing(rows, thresholds, lay.valid) for rows in noted]
 
-# %% ../../nbs/attention/03_whole.ipynb #6d0da645
+# %% ../../nbs/attention/03_whole.ipynb #86bfbd0d
 def _forward_sample(lay, n, laid, values, weights, out):
     "Both walks of sample n: weights and out (channels, lanes) in place; score less log(weight) of every query"
     scratch = _scratch(lay)
@@ -668,7 +668,7 @@ def _forward_sample(lay, n, laid, values, weights, out):
     _, shift, inverse = levels[0]
     return shift if lay.sparse else shift - np.log(np.where(lay.valid > 0, inverse, 1))
 
-# %% ../../nbs/attention/03_whole.ipynb #954fb490
+# %% ../../nbs/attention/03_whole.ipynb #124a2a9e
 class _Back:
     "What a backward pass reads and fills, of all samples"
     def __init__(self, lay, query, grad, keys, factors, values):
@@ -706,7 +706,7 @@ class _Back:
                 *[torch.from_numpy(d) for d in self.d_factors],
                 *[back(d, plan, value_channels) for d, plan in zip(self.d_values, self.lay.plans)])
 
-# %% ../../nbs/attention/03_whole.ipynb #b52bc0a2
+# %% ../../nbs/attention/03_whole.ipynb #3c6c31f2
 def _by_kind(maps, count):
     "Keys, factors and values of `count` levels"
     return maps[:count], maps[count:2*count], maps[2*count:]
