@@ -3,7 +3,7 @@ import os, subprocess, sys
 import pytest, torch
 from conftest import ROOT
 from fused_cases import BOUND, CASES, SLOW, check_cases, check_opcheck
-from msnlan.attention import operator
+from msnlan.attention import definition, operator
 from msnlan.attention.definition import has_triton
 from msnlan.attention.operator import patch_attention
 
@@ -81,7 +81,7 @@ def test_choose(monkeypatch):
     monkeypatch.delenv('MSNLAN_BACKEND', raising=False)
     assert choose('cuda', 2**20) == 'triton' and choose('cpu', 2**10) == 'plain'
     assert choose('cuda', 2**20, patch=1) == 'sdpa' and choose('cuda', 2**20, 'sparsemax', patch=1) == 'triton'
-    monkeypatch.setattr(operator, '_TRITON', False)
+    monkeypatch.setattr(definition, '_TRITON', False)
     operator._say_once.cache_clear()
     with pytest.warns(UserWarning, match='pip install triton'): assert choose('cuda', 2**20) == 'strips'
     with pytest.warns(UserWarning) as seen: choose('cuda', 2**20); __import__('warnings').warn('other')
@@ -108,7 +108,7 @@ def test_without_gpu_or_triton(monkeypatch):
     x = torch.rand(1, 2, 4, 4)
     if not os.environ.get('TRITON_INTERPRET'):
         with pytest.raises(ValueError, match='needs a GPU'): patch_attention(x, x, x, backend='triton')
-    monkeypatch.setattr(operator, '_TRITON', False)
+    monkeypatch.setattr(definition, '_TRITON', False)
     with pytest.raises(ImportError, match='pip install triton'): patch_attention(x, x, x, backend='triton')
 
 

@@ -9,6 +9,7 @@ __all__ = ['NORM_FLOOR', 'has_numba', 'has_triton', 'as_levels', 'eager', 'spars
 # %% ../../nbs/attention/00_definition.ipynb #554a59ab
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
+from typing import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,7 +67,7 @@ def _sorted_thresholds(v, topk=128):
     return _sorted_thresholds(v, v.shape[-1]) if short else (total.gather(-1, support-1) - 1)/support
 
 # %% ../../nbs/attention/00_definition.ipynb #ec716741
-def eager(f:callable)->callable:
+def eager(f:Callable)->Callable:
     "`f`, outside the graph of `torch.compile`, whose compiler (seconds to import) is loaded only where it runs"
     def call(*args): return (torch.compiler.disable(f) if torch.compiler.is_compiling() else f)(*args)
     return call
@@ -182,8 +183,8 @@ def box_scores(
 # %% ../../nbs/attention/00_definition.ipynb #fe5898b0
 def plain_attention(
     query:Tensor,         # query map, (N, c', H, W)
-    keys:list,            # levels of keys, (N, c', Hl, Wl) each
-    values:list,          # levels of values, (N, c, s*Hl, s*Wl) each
+    keys:list|tuple,      # levels of keys, (N, c', Hl, Wl) each
+    values:list|tuple,    # levels of values, (N, c, s*Hl, s*Wl) each
     patch:int,            # patch size p, odd
     softmax_scale:float,  # factor tau on the scores
     divisor:float,        # D
