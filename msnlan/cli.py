@@ -303,7 +303,7 @@ def models_card(
 ):
     """Write the model card of a weight file beside it: configuration, training, scores.
 
-    Example: msnlan models card runs/tiny-x2/weights.safetensors --scores runs/evaluate
+    Example: msnlan models card runs/tiny/weights.safetensors --scores runs/evaluate
     """
     from msnlan.models.cards import write_card
     typer.echo(f'{write_card(weights, scores)}')
