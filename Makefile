@@ -4,9 +4,11 @@ PRESET ?= smoke
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
-# the attention's inner loops, compiled once here rather than in the first run
-COMPILE := import torch; from msnlan.attention.operator import patch_attention as f; \
-           x = torch.rand(1, 4, 24, 24, requires_grad=True); f(x, x, x).sum().backward()
+# the inner loops of attention and of what is asked about it, compiled once here rather than in the first run
+COMPILE := import torch; from msnlan.attention.operator import patch_attention as f; from msnlan.correlation.strips import Strips, largest; \
+           x = torch.rand(1, 4, 24, 24, requires_grad=True); \
+           [f(x, x, x, backend=b, weighting=w).sum().backward() for b, w in (('whole', 'softmax'), ('whole', 'sparsemax'), ('numba', 'softmax'))]; \
+           largest(Strips(x.detach(), [x.detach()], 3, 1., True), 1)
 
 .PHONY: help setup reproduce test test-all browser lab bench gpu readme notebooks book lock clean
 

@@ -20,7 +20,7 @@ from ..attention.definition import box_scores, has_numba, key_norm, weigh
 from ..attention.operator import patch_attention
 from .maps import Grid
 from .recording import as_picture, key_grid
-from .strips import Strips, factors, largest
+from .strips import ROOM, Strips, even_rows, factors, largest, shared, supported
 from ..images import to_tensor
 from ..inference import evaluating
 from ..models.layers import PatchAttention
@@ -287,27 +287,36 @@ def in_strips(
     values:list,     # of (N, c, s*Hk, s*Wk)
     patch:int,
     tell=None,       # hears which part is done; what it raises ends it
-    pairs:int=2**26, # of a query and a key at a time
+    pairs:int=ROOM,  # of a query and a key at a time
+    alone:bool=True, # one strip at a time; no: each of torch's threads runs one, without gradients
 )->torch.Tensor:     # (N, c, s*H, s*W)
     "Attention some query rows at a time, with the rows around them that they overlap with"
     (H, W), r, out = query.shape[-2:], patch//2, []
     s = values[0].shape[-2]//keys[0].shape[-2]
     rows = max(pairs//(sum(k.shape[-2]*k.shape[-1] for k in keys)*(W + r)) - 4*r, 4*r + 1)
-    for u in range(0, H, rows):
-        if tell: tell(u/H)
+    if not alone: rows = even_rows(H, rows, 16*r)
+    def one(u):
         v, lo = min(u + rows, H), max(u - 2*r, 0)
-        part = run(query[..., lo:min(v + 2*r, H), :])
-        out.append(part[..., s*(u - lo):s*(v - lo), :])
+        return run(query[..., lo:min(v + 2*r, H), :])[..., s*(u - lo):s*(v - lo), :]
+    first = range(0, H, rows)
+    if tell: tell(0)
+    for u, part in zip(first, map(one, first) if alone else shared(one, [*first])):
+        out.append(part)
+        if tell and u + rows < H: tell((u + rows)/H)
     return torch.cat(out, -2)
 
 # %% ../../nbs/correlation/05_interventions.ipynb #367e3549
 def soft_threshold(query, keys:list, values:list, patch:int, tell=None, **options)->torch.Tensor:
-    "Attention weighed by sparsemax: compiled, in strips; the operator is slow here on large maps of a CPU"
+    "Attention weighed by sparsemax: the few keys that have a weight, or all of them, compiled and in strips"
     options |= dict(patch=patch, weighting='sparsemax')
     fits = query.device.type == 'cpu' and patch <= 31 and has_numba() and not torch.is_grad_enabled()
     if not fits: return patch_attention(query, keys, values, **options)
+    if len(query) == 1 and {t.dtype for t in (query, *keys, *values)} == {torch.float32}:
+        found = supported(Strips(query, keys, patch, options['softmax_scale'], options['normalize_keys']), tell=tell)
+        s = values[0].shape[-2]//keys[0].shape[-2]
+        if found: return lay_few(*found, values, query.shape[-2:], patch, s, options['divisor'])
     run = lambda part: patch_attention(part, keys, values, **options, backend='whole')
-    return in_strips(run, query, keys, values, patch, tell, 2**25)
+    return in_strips(run, query, keys, values, patch, tell, alone=False)
 
 # %% ../../nbs/correlation/05_interventions.ipynb #646a760b
 def shuffled(seed:int, weighting:str, query, keys:list, values:list, **options)->torch.Tensor:
