@@ -468,7 +468,7 @@ class App {
         button("Upload \u2026", "Upload a picture of your own", () => this.upload.click()), labelled("Longest side", this.sides),
         labelled("Make it small", this.fit), labelled("By", this.small), this.cornerFields = make("div", { className: "mx-pair" }, labelled("Crop row", this.top), labelled("Crop column", this.left)), labelled("Row", this.row), labelled("Column", this.column),
         labelled("Maps", this.compare), check("Follow the pointer", this.follow)),
-      this.more = make("details", { className: "mx-more", open: el.clientWidth > 640 || !el.clientWidth }, make("summary", {}, "Map, figures, other weights, sessions"),
+      this.more = make("details", { className: "mx-more", open: (el.clientWidth || window.innerWidth) > 640 }, make("summary", {}, "Map, figures, other weights, sessions"),
       make("div", { className: "mx-row" }, labelled("Map of", this.quantity), labelled("Overlay", this.whole), labelled("Colours", this.palette), labelled("Opacity of the map", this.opacity),
         labelled("Scale", this.scale), labelled("Matches", this.count), labelled("Apart (px)", this.apart), this.sharedField = check("One colour scale", this.shared), this.contrastField = check("Difference to the first", this.contrast),
         make("div", { className: "mx-zoom", role: "group", "aria-label": "zoom" }, button("\u2212", "Zoom out", () => this.enlarge(-1)),
