@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'bare_minimum', 'Branches', 'cases', 'build', 'once', 'measure', 'extra_memory', 'measured_on',
-           'earlier_rows', 'as_markdown', 'benchmark', 'plot', 'main']
+           'earlier_rows', 'as_markdown', 'benchmark', 'plot', 'small_cases', 'small_markdown', 'benchmark_small',
+           'main']
 
 # %% ../../nbs/benchmarks/00_operator.ipynb #4d7dad88
 import argparse
@@ -100,19 +101,19 @@ def build(
     return lambda: attention(q, ks, vs, **case['options']), [q, *ks, *vs]
 
 # %% ../../nbs/benchmarks/00_operator.ipynb #f85df2b2
-def once(run, inputs, backward, device='cpu', autocast=None):
+def once(run, inputs, backward, device='cpu', autocast=None, clock=time.perf_counter):
     "Seconds of one run"
     wait = torch.cuda.synchronize if device == 'cuda' else (lambda: None)
-    wait(); start = time.perf_counter()
+    wait(); start = clock()
     half = torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None)
     with torch.set_grad_enabled(backward), half:
         out = run()
     if backward: torch.autograd.grad(out, inputs, torch.ones_like(out))
     wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 # %% ../../nbs/benchmarks/00_operator.ipynb #331ca1ba
-def measure(case, methods, backward, device='cpu', runs=5, seconds=40., autocast=None):
+def measure(case, methods, backward, device='cpu', runs=5, seconds=40., autocast=None, clock=time.perf_counter):
     "Interleaved runs; {method: list of seconds}. No new round after `seconds`"
     built = {m: build(case, m, device) for m in methods}
     small = _case((1, 4, 24, 24), [(1, 4, 24, 24)], [(1, 4, 24, 24)])
@@ -120,7 +121,7 @@ def measure(case, methods, backward, device='cpu', runs=5, seconds=40., autocast
     times, begin = {m: [] for m in methods}, time.perf_counter()
     for _ in range(runs):
         for m, (run, inputs) in built.items():
-            try: times[m].append(once(run, inputs, backward, device, autocast))
+            try: times[m].append(once(run, inputs, backward, device, autocast, clock))
             except torch.OutOfMemoryError: times[m].append(float('inf'))
             gc.collect()
         if time.perf_counter()-begin > seconds: break
@@ -256,6 +257,55 @@ def plot(report, path):
     ax.set_xlabel(f"times faster than the reference ({report['machine']['device']})"); ax.legend()
     fig.savefig(path, dpi=110)
 
+# %% ../../nbs/benchmarks/00_operator.ipynb #cd059855
+def small_cases()->dict:   # name -> what to build
+    "Attention as training steps of small networks call it: same-scale, cross-scale, sparsemax of pixels"
+    out = {}
+    for n, N in (16, 16), (24, 16), (32, 8), (48, 4):
+        for c in 8, 16, 32:
+            for p in (3, 7) if c == 16 else (3,):
+                out[f'p{p}_{n}, {c} channels'] = _case((N, c, n, n), [(N, c, n, n)], [(N, 2*c, n, n)], patch=p)
+        m = n//2
+        out[f'cross_{n}, 16 channels'] = _case((N, 16, n, n), [(N, 16, m, m)], [(N, 32, n, n)], divisor=6.)
+        out[f'sparse_{n}, 16 channels'] = _case((N, 16, n, n), [(N, 16, n, n)], [(N, 32, n, n)], patch=1,
+                                                normalize_keys=False, weighting='sparsemax')
+    return out
+
+def small_markdown(report:dict)->str:
+    "Rows of `benchmark_small` as a table for a person"
+    m, rows = report['machine'], []
+    head = ['case', 'pictures', 'pass', *(f'{k}, ms' for k in ('reference', 'ours', 'baseline')), 'times faster', 'ours / baseline']
+    for r in report['rows']:
+        ms = [f'{1e3*r["seconds"][k]:.1f}' for k in METHODS]
+        rows.append([r['case'], r['pictures'], r['pass_'], *ms, f"{r['times_faster']:.1f}", f"{r['of_minimum']:.2f}"])
+    what = (f"{m['device']}, {m['threads']} thread, torch {m['torch']}, numba {m['numba']}, {m['date']}; "
+            'processor time, medians of interleaved runs')
+    return f'{what}\n\n{markdown_table(head, rows)}\n'
+
+def benchmark_small(
+    out='reports/benchmarks',   # folder for `attention-small-cpu.json` and `.md`
+    runs:int=7,
+    only='',                    # only cases whose name matches this expression
+)->dict:                        # the report, as written
+    "Attention on the small maps of training, on one thread of the CPU"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    report = dict(machine=measured_on('cpu'), rows=[])
+    try:
+        for name, case in small_cases().items():
+            if not re.search(only, name): continue
+            for backward in False, True:
+                measure(case, METHODS, backward, runs=1)                                   # memory, compiled code
+                times = measure(case, METHODS, backward, runs=runs, clock=time.process_time)
+                sec = {m: statistics.median(t) for m, t in times.items()}
+                report['rows'].append(dict(
+                    case=name, pictures=case['query'][0], pass_='forward+backward' if backward else 'forward', seconds=sec,
+                    times_faster=sec['reference']/sec['ours'], of_minimum=sec['ours']/sec['minimum']))
+    finally: torch.set_num_threads(before)
+    path = write_json(Path(out)/'attention-small-cpu.json', report)
+    Path(path).with_suffix('.md').write_text(small_markdown(report))
+    return report
+
 # %% ../../nbs/benchmarks/00_operator.ipynb #ef1bbdb8
 def main(args=None):
     "python -m msnlan.benchmarks.operator --out reports/benchmarks"
@@ -266,8 +316,10 @@ def main(args=None):
     p.add_argument('--seconds', type=float, default=40., help='no new round of a case after so many')
     p.add_argument('--device', choices=['cpu', 'cuda'])
     p.add_argument('--only', default='', help='expression a case name must match')
+    p.add_argument('--small', action='store_true', help='the small maps of training instead, on one thread')
     p.add_argument('--no-memory', action='store_true'); p.add_argument('--peak', help=argparse.SUPPRESS)
     a = p.parse_args(args)
+    if a.small: return print(small_markdown(benchmark_small(a.out, max(a.runs, 7))))
     if a.peak: return print(_peak(*json.loads(a.peak)))
     benchmark(a.out, a.sizes, a.runs, a.seconds, a.device, not a.no_memory, a.only)
 
