@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'bare_minimum', 'Branches', 'cases', 'build', 'once', 'measure', 'extra_memory', 'measured_on',
-           'earlier_rows', 'as_markdown', 'benchmark', 'plot', 'small_cases', 'small_markdown', 'benchmark_small',
-           'main']
+           'earlier_rows', 'as_markdown', 'benchmark', 'plot', 'small_map_cases', 'small_maps_markdown',
+           'benchmark_small_maps', 'main']
 
 # %% ../../nbs/benchmarks/00_operator.ipynb #4d7dad88
 import argparse
@@ -258,7 +258,7 @@ def plot(report, path):
     fig.savefig(path, dpi=110)
 
 # %% ../../nbs/benchmarks/00_operator.ipynb #cd059855
-def small_cases()->dict:   # name -> what to build
+def small_map_cases()->dict:   # name -> what to build
     "Attention as training steps of small networks call it: same-scale, cross-scale, sparsemax of pixels"
     out = {}
     for n, N in (16, 16), (24, 16), (32, 8), (48, 4):
@@ -271,10 +271,10 @@ def small_cases()->dict:   # name -> what to build
                                                 normalize_keys=False, weighting='sparsemax')
     return out
 
-def small_markdown(report:dict)->str:
-    "Rows of `benchmark_small` as a table for a person"
+def small_maps_markdown(report:dict)->str:
+    "Rows of `benchmark_small_maps` as a table for a person"
     m, rows = report['machine'], []
-    head = ['case', 'pictures', 'pass', *(f'{k}, ms' for k in ('reference', 'ours', 'baseline')), 'times faster', 'ours / baseline']
+    head = ['case', 'pictures', 'pass', 'reference, ms', 'ours, ms', 'baseline, ms', 'times faster', 'ours / baseline']
     for r in report['rows']:
         ms = [f'{1e3*r["seconds"][k]:.1f}' for k in METHODS]
         rows.append([r['case'], r['pictures'], r['pass_'], *ms, f"{r['times_faster']:.1f}", f"{r['of_minimum']:.2f}"])
@@ -282,7 +282,7 @@ def small_markdown(report:dict)->str:
             'processor time, medians of interleaved runs')
     return f'{what}\n\n{markdown_table(head, rows)}\n'
 
-def benchmark_small(
+def benchmark_small_maps(
     out='reports/benchmarks',   # folder for `attention-small-cpu.json` and `.md`
     runs:int=7,
     only='',                    # only cases whose name matches this expression
@@ -292,18 +292,19 @@ def benchmark_small(
     torch.set_num_threads(1)
     report = dict(machine=measured_on('cpu'), rows=[])
     try:
-        for name, case in small_cases().items():
+        for name, case in small_map_cases().items():
             if not re.search(only, name): continue
             for backward in False, True:
                 measure(case, METHODS, backward, runs=1)                                   # memory, compiled code
                 times = measure(case, METHODS, backward, runs=runs, clock=time.process_time)
                 sec = {m: statistics.median(t) for m, t in times.items()}
                 report['rows'].append(dict(
-                    case=name, pictures=case['query'][0], pass_='forward+backward' if backward else 'forward', seconds=sec,
+                    case=name, pictures=case['query'][0], seconds=sec,
+                    pass_='forward+backward' if backward else 'forward',
                     times_faster=sec['reference']/sec['ours'], of_minimum=sec['ours']/sec['minimum']))
     finally: torch.set_num_threads(before)
     path = write_json(Path(out)/'attention-small-cpu.json', report)
-    Path(path).with_suffix('.md').write_text(small_markdown(report))
+    Path(path).with_suffix('.md').write_text(small_maps_markdown(report))
     return report
 
 # %% ../../nbs/benchmarks/00_operator.ipynb #ef1bbdb8
@@ -319,7 +320,7 @@ def main(args=None):
     p.add_argument('--small', action='store_true', help='the small maps of training instead, on one thread')
     p.add_argument('--no-memory', action='store_true'); p.add_argument('--peak', help=argparse.SUPPRESS)
     a = p.parse_args(args)
-    if a.small: return print(small_markdown(benchmark_small(a.out, max(a.runs, 7))))
+    if a.small: return print(small_maps_markdown(benchmark_small_maps(a.out, max(a.runs, 7))))
     if a.peak: return print(_peak(*json.loads(a.peak)))
     benchmark(a.out, a.sizes, a.runs, a.seconds, a.device, not a.no_memory, a.only)
 
