@@ -28,7 +28,7 @@ def build_step(
     config:dict,         # further keywords: scale, n_feats, ...
     patch:int,           # side of an input patch
     batch:int,           # patches a step
-    method:str='ours',   # of `BACKEND`, 'before', or a backend
+    method:str='ours',   # of `BACKEND`, 'before', 'channels last' (ours, in that memory format), or a backend
     device:str='cpu',
     precision:str='no',  # 'no' or 'bf16'
     channels_last:bool=False,
@@ -36,6 +36,7 @@ def build_step(
 ):                       # function of nothing: one step, returns its loss
     "A training step of a network that sees the same batch again and again"
     torch.manual_seed(0)
+    if method == 'channels last': method, channels_last = 'ours', True
     net = create_model(model, **config).to(device)
     for m in net.modules():
         if not isinstance(m, PatchAttention): continue
@@ -110,7 +111,7 @@ def projected_hours(
     return recipe.steps*recipe.batch/rate/3600
 
 # %% ../../nbs/benchmarks/01_training.ipynb #acbfb6c6
-SMALL = 'reference', 'before', 'ours'   # the definition, the walk in strips, what is chosen now
+SMALL = 'reference', 'before', 'ours', 'channels last'   # definition, walk in strips, what is chosen now; see `build_step`
 
 def small_rows(
     models=tuple(VARIANTS),   # names for `create_model`
@@ -135,7 +136,7 @@ def small_markdown(report:dict)->str:
     lines = [f"{m['device']}, {m['threads']} threads, torch {m['torch']}, numba {m['numba']}, {m['date']}; "
              'patches a second of processor time, medians of interleaved steps', '']
     head = ['network x2', 'parameters', 'patch', 'batch', 'definition', 'walk in strips (before)', 'now',
-            'now / before']
+            'now, channels last', 'now / before']
     rows = []
     for r in report['rows']:
         p = r['patches_per_second']

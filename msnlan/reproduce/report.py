@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAYINGS', 'GALLERIES', 'read_runs', 'read_failures', 'page_of', 'to_pages', 'collect', 'fill_page', 'notebook_page',
-           'write_pages', 'findings', 'galleries', 'seconds', 'describe', 'machine', 'commands', 'write_report']
+           'write_pages', 'findings', 'galleries', 'seconds', 'shown_table', 'describe', 'machine', 'commands',
+           'write_report']
 
 # %% ../../nbs/reproduce/06_report.ipynb #10eb1ce3
 import json, re, shutil
@@ -197,6 +198,14 @@ def seconds(provenance:dict)->int:
     start, end = (datetime.fromisoformat(provenance[k]) for k in ('start', 'end'))
     return round((end - start).total_seconds())
 
+# %% ../../nbs/reproduce/06_report.ipynb #6b788008
+def shown_table(
+    text:str,   # of a table in `tables/`
+)->str:
+    "A table for the page: links as seen from there, long words broken rather than the numbers beside them out of sight"
+    text = text.replace('href="../', 'href="')
+    return re.sub(r'<td>(?=(?:<[^>]*>)*[^<]{20})', '<td class="words">', text)
+
 # %% ../../nbs/reproduce/06_report.ipynb #996646d4
 def describe(
     folder:Path,    # `reports/<preset>`, tables collected
@@ -205,7 +214,7 @@ def describe(
     committed:bool=False,
 )->dict:            # 'tables', 'galleries', 'inputs', 'sections', 'runs' of the page
     "What the page shows of the runs"
-    tables = [dict(t, html=(folder/'tables'/f"{t['name']}.html").read_text().replace('href="../', 'href="'))
+    tables = [dict(t, html=shown_table((folder/'tables'/f"{t['name']}.html").read_text()))
               for r in runs for t in r['result'].get('tables', [])]
     inputs = {('/'.join(Path(n).parts[-2:]), h) for r in runs for n, h in r['result'].get('inputs', {}).items()}
     shown = galleries(runs, committed)
