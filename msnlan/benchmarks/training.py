@@ -28,7 +28,7 @@ def build_step(
     config:dict,         # further keywords: scale, n_feats, ...
     patch:int,           # side of an input patch
     batch:int,           # patches a step
-    method:str='ours',   # of `BACKEND`, 'before', 'channels last' (ours, in that memory format), or a backend
+    method:str='ours',   # of `BACKEND`, 'before', 'channels last' (ours in that memory format), a backend
     device:str='cpu',
     precision:str='no',  # 'no' or 'bf16'
     channels_last:bool=False,
@@ -111,7 +111,7 @@ def projected_hours(
     return recipe.steps*recipe.batch/rate/3600
 
 # %% ../../nbs/benchmarks/01_training.ipynb #acbfb6c6
-SMALL = 'reference', 'before', 'ours', 'channels last'   # definition, walk in strips, what is chosen now; see `build_step`
+SMALL = 'reference', 'before', 'ours', 'channels last'   # see `build_step`
 
 def small_rows(
     models=tuple(VARIANTS),   # names for `create_model`
