@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['TRAVELS', 'file_hash', 'write_bytes', 'write_json', 'replace_folder', 'as_type', 'reset_peak', 'peak_memory',
            'free_memory', 'face', 'package_folder', 'clone_around', 'clone_of_package', 'project_folder', 'git_state',
-           'cpu_name', 'gpu_names', 'user_cache', 'device_name', 'markdown_table']
+           'cpu_name', 'gpu_names', 'user_cache', 'device_name', 'markdown_table', 'terminable']
 
 # %% ../nbs/00_basics.ipynb #145f5119
-import hashlib, importlib, json, os, platform, re, shutil, subprocess, sys
+import hashlib, importlib, json, os, platform, re, shutil, signal, subprocess, sys, threading
+from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../nbs/00_basics.ipynb #24558230
@@ -186,3 +187,16 @@ def markdown_table(
     "A table, for a page"
     line = lambda cells: '| ' + ' | '.join(str(c) for c in cells) + ' |'
     return '\n'.join([line(head), line(['---']*len(head)), *map(line, rows)])
+
+# %% ../nbs/00_basics.ipynb #fab69c8f
+@contextmanager
+def terminable():
+    "Within the block a signal to terminate, or a terminal that closes, is like Ctrl+C"
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    def stop(*_): raise KeyboardInterrupt
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    for s, handler in before.items():
+        if handler != signal.SIG_IGN: signal.signal(s, stop)                 # as `nohup` leaves them
+    try: yield
+    finally:
+        for s, handler in before.items(): signal.signal(s, handler)

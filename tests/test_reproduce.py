@@ -1,7 +1,7 @@
 """Presets as a person runs them: resumed after a kill, with a failure, a third time, through SLURM; and the trail of a cell."""
 import json, os, random, re, resource, signal, subprocess, sys, time
 from pathlib import Path
-import numpy as np, pytest, yaml
+import numpy as np, psutil, pytest, yaml
 import slurm
 from conftest import ROOT
 from msnlan.images import imwrite
@@ -145,6 +145,23 @@ def test_failure_leaves_the_others_done(project):
     assert 'Traceback (most recent call last)' in page and '6 of 8 runs done, 1 failed, 1 not run' in page
     record = json.loads((folder/'failed/bad/provenance.json').read_text())
     assert record['state'] == 'failed' and record['traceback'] and record['environment']
+
+
+def test_a_signal_to_one_process_ends_all(project):
+    "SIGTERM to the command alone: its Snakemake and its job end, the same command goes on"
+    preset, folder = write_preset(project, SMALL, 'ended'), project/'reports/ended'
+    p = subprocess.Popen([sys.executable, '-m', 'msnlan.cli', 'reproduce', preset], cwd=project, env=environ(project),
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not list((folder/'.running').glob('*')) and time.monotonic() < end: time.sleep(.1)
+    below = psutil.Process(p.pid).children(recursive=True)
+    assert len(below) >= 2, 'Snakemake and a job'
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate(timeout=120)[1]
+    assert p.returncode == 1 and f'the same command goes on: msnlan reproduce {preset}' in said
+    assert psutil.wait_procs(below, 20)[1] == []
+    run = msnlan(project, 'reproduce', preset)
+    assert run.returncode == 0 and len(stamps(folder)) == len(SMALL['jobs']), run.stdout + run.stderr
 
 
 def kill_and_resume(project, name, kills, seed):

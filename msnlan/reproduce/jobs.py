@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['visible_gpus', 'claim_gpu', 'run_job', 'lasted', 'Watch', 'spoken', 'follow', 'snakemake_command', 'Finished',
-           'finished_jobs', 'profile_folder', 'snakemake_options', 'drive', 'reproduce']
+           'finished_jobs', 'profile_folder', 'snakemake_options', 'end_all', 'drive', 'reproduce']
 
 # %% ../../nbs/reproduce/05_jobs.ipynb #2e5d043d
-import fcntl, os, shutil, subprocess, sys, time
+import fcntl, os, shutil, signal, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ..basics import project_folder, write_json
+from ..basics import project_folder, terminable, write_json
 from .fingerprints import digest
 from .plan import check_step, chosen, fetch_sets, plan_of, read_json, read_plan, write_plan
 from .presets import load_preset
@@ -224,6 +224,20 @@ def snakemake_options(jobs:int, gpus:int, keep_going:bool, profile:str|None, wor
                      *(['--resources', f'gpu={gpus}'] if gpus else [])]
     return ['--directory', str(work), *options, *(['--keep-going'] if keep_going else [])]
 
+# %% ../../nbs/reproduce/05_jobs.ipynb #81c34dc2
+def end_all(
+    process,              # from `subprocess.Popen`
+    patience:float=10.,   # seconds: Ctrl+C in a terminal has reached the others already
+):
+    "End a process and what it started, as Ctrl+C would"
+    import psutil
+    try: process.wait(patience)
+    except subprocess.TimeoutExpired:
+        for p in [process, *psutil.Process(process.pid).children(recursive=True)]:
+            try: p.send_signal(signal.SIGINT)
+            except psutil.NoSuchProcess: continue                              # it ended by itself
+        process.wait()
+
 # %% ../../nbs/reproduce/05_jobs.ipynb #28d2e567
 def drive(
     preset:str,
@@ -244,9 +258,10 @@ def drive(
     with open(work/'snakemake.log', 'w') as log:
         env = os.environ if gpus else os.environ | {'CUDA_VISIBLE_DEVICES': ''}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
-        try: follow(Watch(steps, folder, jobs), process, Path(preset).stem)
+        try:
+            with terminable(): follow(Watch(steps, folder, jobs), process, Path(preset).stem)
         except KeyboardInterrupt:
-            process.wait()
+            end_all(process)
             raise RunError(f'interrupted; the same command goes on: msnlan reproduce {preset}') from None
     return process.returncode
 
