@@ -148,7 +148,7 @@ def test_failure_leaves_the_others_done(project):
 
 
 def test_a_signal_to_one_process_ends_all(project):
-    "SIGTERM to the command alone: its Snakemake and its job end, the same command goes on"
+    "SIGTERM to the command alone: its Snakemake and its job end"
     preset, folder = write_preset(project, SMALL, 'ended'), project/'reports/ended'
     p = subprocess.Popen([sys.executable, '-m', 'msnlan.cli', 'reproduce', preset], cwd=project, env=environ(project),
                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -160,8 +160,6 @@ def test_a_signal_to_one_process_ends_all(project):
     said = p.communicate(timeout=120)[1]
     assert p.returncode == 1 and f'the same command goes on: msnlan reproduce {preset}' in said
     assert psutil.wait_procs(below, 20)[1] == []
-    run = msnlan(project, 'reproduce', preset)
-    assert run.returncode == 0 and len(stamps(folder)) == len(SMALL['jobs']), run.stdout + run.stderr
 
 
 def kill_and_resume(project, name, kills, seed):
