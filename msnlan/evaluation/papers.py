@@ -141,11 +141,16 @@ def plot_sizes(table:pd.DataFrame):   # of `sizes`; gives a matplotlib figure
     "PSNR against the number of parameters"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 3.2), layout='constrained')
+    names, boxes = [], []
     for row, mark, label in (('published', 'o', 'printed'), ('here', 's', 'measured here')):
         part = table[table.row == row]
         ax.semilogx(part.parameters.astype(float), part.psnr, mark, label=label)
-        for r in part.itertuples():
-            ax.annotate(r.method, (float(r.parameters), r.psnr), xytext=(4, 3), textcoords='offset points', fontsize=7)
+        names += [ax.annotate(r.method, (float(r.parameters), r.psnr), xytext=(5, -2), textcoords='offset points', fontsize=7)
+                  for r in part.sort_values('psnr').itertuples()]
     ax.set_xlabel('parameters', fontsize=8); ax.set_ylabel('PSNR on Set5 x2, dB', fontsize=8)
     ax.tick_params(labelsize=8); ax.grid(alpha=.3); ax.legend(fontsize=7); ax.margins(x=.15, y=.12)
+    fig.draw_without_rendering()                                    # names have places from now on
+    for name in names:
+        while any(name.get_window_extent().overlaps(b) for b in boxes): name.xyann = 5, name.xyann[1] + 1
+        boxes.append(name.get_window_extent())
     return fig

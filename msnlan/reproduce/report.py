@@ -204,6 +204,7 @@ def shown_table(
 )->str:
     "A table for the page: links as seen from there, long words broken rather than the numbers beside them out of sight"
     text = text.replace('href="../', 'href="')
+    text = re.sub(r'<td>(?=(?:<[^>]*>)*[^<]{60})', '<td class="words long">', text)
     return re.sub(r'<td>(?=(?:<[^>]*>)*[^<]{20})', '<td class="words">', text)
 
 # %% ../../nbs/reproduce/06_report.ipynb #996646d4
