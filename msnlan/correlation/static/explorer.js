@@ -539,7 +539,7 @@ class App {
     this.seen = state.scene; this.current = state;
     const { options, panels } = state;
     const groups = this.groups(), set = Object.keys(groups).find((g) => groups[g].includes(state.picture));
-    fill(this.sets, Object.keys(groups), set); fill(this.pictures, groups[set], state.picture, (n) => (set === PHOTOS || set === OWN ? n : n.slice(set.length + 1)));
+    fill(this.sets, Object.keys(groups), set); fill(this.pictures, groups[set], state.picture, (n) => (set === PHOTOS ? n : set === OWN ? n.split(/[\\/]/).pop() : n.slice(set.length + 1)));
     fill(this.fit, ["reduce", "crop"], state.fit, (n) => (n === "crop" ? "native crop" : "reduced"));
     fill(this.small, [0, 1, 2, 3, 4], state.scale, (n) => (n ? `x1/${n}` : "as the network"));
     this.cornerFields.hidden = state.fit !== "crop"; [this.top.value, this.left.value] = state.corner;
