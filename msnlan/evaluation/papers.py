@@ -145,8 +145,8 @@ def plot_sizes(table:pd.DataFrame):   # of `sizes`; gives a matplotlib figure
     for row, mark, label in (('published', 'o', 'printed'), ('here', 's', 'measured here')):
         part = table[table.row == row]
         ax.semilogx(part.parameters.astype(float), part.psnr, mark, label=label)
-        names += [ax.annotate(r.method, (float(r.parameters), r.psnr), xytext=(5, -2), textcoords='offset points', fontsize=7)
-                  for r in part.sort_values('psnr').itertuples()]
+        names += [ax.annotate(r.method, (float(r.parameters), r.psnr), (5, -2), textcoords='offset points',
+                              fontsize=7) for r in part.sort_values('psnr').itertuples()]
     ax.set_xlabel('parameters', fontsize=8); ax.set_ylabel('PSNR on Set5 x2, dB', fontsize=8)
     ax.tick_params(labelsize=8); ax.grid(alpha=.3); ax.legend(fontsize=7); ax.margins(x=.15, y=.12)
     fig.draw_without_rendering()                                    # names have places from now on
