@@ -46,7 +46,6 @@ def culling(
     return [f'--MappingKernelManager.{k}' for k in (f'cull_idle_timeout={seconds}',
                                                     f'cull_interval={min(60, max(1, seconds//4))}')]
 
-
 # %% ../../nbs/correlation/14_page.ipynb #f8b7b681
 def serve(
     port:int=8866,      # of the page, on this machine only

@@ -36,6 +36,7 @@ def even_rows(
 )->int:        # at least 1
     "Rows of a strip, so that torch's threads end together"
     threads = min(torch.get_num_threads(), max(1, rows//max(1, least)))
+    most = 2*most//max(2, threads)                                     # all together hold what two threads would
     each = -(-rows//(max(1, most)*threads))                            # strips of a thread
     return -(-rows//(each*threads))
 
@@ -50,7 +51,6 @@ def shared(
     if threads == 1: yield from map(one, parts)
     else:
         with ThreadPoolExecutor(threads) as pool: yield from pool.map(one, parts)
-
 
 # %% ../../nbs/correlation/03_strips.ipynb #1fb9adf9
 class Strips:
@@ -132,14 +132,15 @@ def largest(
     tell=None,            # hears which part is done; what it raises ends it
 )->tuple:                 # scores (H*W, k), largest first; numbers of the keys (H*W, k)
     "The keys of largest score of every query"
-    H, k, step, top = strips.query.shape[-2], min(k, strips.lines), strips.rows(), _compiled_top
+    H, k, step = strips.query.shape[-2], min(k, strips.lines), strips.rows()
+    top = strips.compiled and _compiled_top()                                              # before threads ask for it
     def one(first):
         last = min(first + step, H)
         if not strips.compiled: return [t.flatten(1).T for t in strips(first, last).topk(k, 0)]
         part, before = strips.part(first, last)
         A, lay = strips.walk(part)
         best, at = np.full((k, lay.lanes), -np.inf, np.float32), np.zeros((k, lay.lanes), np.int64)
-        top()(A, lay.lines, lay.stride, best, at)
+        top(A, lay.lines, lay.stride, best, at)
         return [lay.unlay(torch.from_numpy(t))[:, before:before + last - first].flatten(1).T for t in (best, at)]
     out = []
     for part in shared(one, [*range(0, H, step)]):
