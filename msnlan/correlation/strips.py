@@ -133,7 +133,7 @@ def largest(
 )->tuple:                 # scores (H*W, k), largest first; numbers of the keys (H*W, k)
     "The keys of largest score of every query"
     H, k, step = strips.query.shape[-2], min(k, strips.lines), strips.rows()
-    top = strips.compiled and _compiled_top()                                              # before threads ask for it
+    top = _compiled_top() if strips.compiled else None                                     # before threads ask for it
     def one(first):
         last = min(first + step, H)
         if not strips.compiled: return [t.flatten(1).T for t in strips(first, last).topk(k, 0)]
