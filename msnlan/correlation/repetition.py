@@ -69,6 +69,7 @@ def likeness(a:np.ndarray, b:np.ndarray)->float:   # windows of one size
     a, b = a - a.mean(), b - b.mean()
     return float((a*b).sum()/max(np.sqrt((a**2).sum()*(b**2).sum()), 1e-6))
 
+# %% ../../nbs/correlation/10_repetition.ipynb #7aeded13
 def choice(
     weights:np.ndarray,   # (all keys,) of one query
     keys:list,            # of `Grid`, one a level
@@ -86,6 +87,7 @@ def choice(
     best = int(w.argmax())
     return (tuple(at[best]), float(step[best])) if w[best] > 0 else None
 
+# %% ../../nbs/correlation/10_repetition.ipynb #061dbaf8
 def nearest_in_pixels(
     patches:np.ndarray,   # of `patches_of`, the input
     side:int,
@@ -102,6 +104,7 @@ def nearest_in_pixels(
     best = np.unravel_index(score.argmax(), shape)
     return tuple(b + side/2 for b in best)
 
+# %% ../../nbs/correlation/10_repetition.ipynb #54914df3
 def at_distance(
     centre:tuple,    # of the query
     distance:float,
