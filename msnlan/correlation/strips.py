@@ -82,8 +82,9 @@ class Strips:
         "Scores of the query rows `first` to `last` - 1"
         part, before = self.part(first, last)
         if self.compiled:
-            A, lay = self.walk(part)
-            found = lay.unlay(torch.from_numpy(A).unflatten(0, (lay.lines, lay.stride))[:, :lay.lanes])
+            A, layout = self.walk(part)
+            lines = torch.from_numpy(A).unflatten(0, (layout.key_count, layout.stride))
+            found = layout.unflatten(lines[:, :layout.slots])
         else:
             found = [(box_scores(torch.einsum('nchw,ncij->nhwij', part, k), self.patch//2)*f.unsqueeze(1)
                       .unsqueeze(1)).flatten(3) for k, f in zip(self.keys, self.factors)]
@@ -93,15 +94,16 @@ class Strips:
     def walk(self, part)->tuple:   # the scores (L*stride,), its `Layout`
         "The compiled walk over a strip"
         from msnlan.attention.cpu import Pair
-        from msnlan.attention.whole import FRONT, Layout, Running, Scratch, score_walk
+        from msnlan.attention.walks import FRONT, Running, Scratch, score_walk
+        from msnlan.attention.whole import Layout
         zeros = lambda n: np.zeros(n, np.float32)
-        lay = Layout(self.patch, part, self.keys, sparse=True)                     # scores, not their exponentials
-        A, query = zeros(lay.size), lay.lay(part)[0]
-        scratch = Scratch(zeros(lay.tile_size), zeros(lay.ring_size), np.empty(64, np.int64))
-        running = Running(zeros(lay.lanes) - 1e30, zeros(lay.lanes), np.empty((0, lay.lanes), np.float32))
-        for k, f, plan in zip(self.keys, self.factors, lay.plans):
-            score_walk(plan, Pair(lay.rows(k, plan)[0], query), f[0].numpy(), A, running, scratch)
-        return A[FRONT:FRONT + lay.lines*lay.stride], lay
+        layout = Layout(self.patch, part, self.keys, sparse=True)                  # scores, not their exponentials
+        A, query = zeros(layout.size), layout.flatten(part)[0]
+        scratch = Scratch(zeros(layout.tile_size), zeros(layout.ring_size), np.empty(64, np.int64))
+        running = Running(zeros(layout.slots) - 1e30, zeros(layout.slots), np.empty((0, layout.slots), np.float32))
+        for k, f, plan in zip(self.keys, self.factors, layout.plans):
+            score_walk(plan, Pair(layout.rows(k, plan)[0], query), f[0].numpy(), A, running, scratch)
+        return A[FRONT:FRONT + layout.key_count*layout.stride], layout
 
 # %% ../../nbs/correlation/03_strips.ipynb #19a99a45
 @functools.cache
@@ -138,10 +140,10 @@ def largest(
         last = min(first + step, H)
         if not strips.compiled: return [t.flatten(1).T for t in strips(first, last).topk(k, 0)]
         part, before = strips.part(first, last)
-        A, lay = strips.walk(part)
-        best, at = np.full((k, lay.lanes), -np.inf, np.float32), np.zeros((k, lay.lanes), np.int64)
-        top(A, lay.lines, lay.stride, best, at)
-        return [lay.unlay(torch.from_numpy(t))[:, before:before + last - first].flatten(1).T for t in (best, at)]
+        A, layout = strips.walk(part)
+        best, at = np.full((k, layout.slots), -np.inf, np.float32), np.zeros((k, layout.slots), np.int64)
+        top(A, layout.key_count, layout.stride, best, at)
+        return [layout.unflatten(torch.from_numpy(t))[:, before:before + last - first].flatten(1).T for t in (best, at)]
     out = []
     for part in shared(one, [*range(0, H, step)]):
         out.append(part)

@@ -7,8 +7,8 @@ from pathlib import Path
 import nbformat
 
 NBS = Path(__file__).parents[1]
-READING = ['01_images', '02_degradations', '04_inference', 'explore', 'attention/00_definition', 'attention/02_cpu', 'attention/05_gpu',
-           'attention/06_operator', 'models/01_layers', 'correlation/01_drawing', 'correlation/02_recording', 'correlation/05_figures',
+READING = ['01_images', '02_degradations', '04_inference', 'explore', 'attention/00_definition', 'attention/02_cpu', 'attention/07_gpu',
+           'attention/08_operator', 'models/01_layers', 'correlation/01_drawing', 'correlation/02_recording', 'correlation/05_figures',
            'correlation/04_comparison', 'reproduce/09_story']
 LIMIT = 150_000   # bytes of outputs in a notebook
 
