@@ -18,6 +18,6 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')   # read once, when PyTorch'
 # %% ../nbs/06_api.ipynb #13da23cd
 from .basics import face
 
-_rooms = {'models.zoo': ('list_models', 'create_model', 'load_weights', 'load_model', 'save_weights'),
+_modules = {'models.zoo': ('list_models', 'create_model', 'load_weights', 'load_model', 'save_weights'),
           'inference': ('upscale', 'restore', 'predict', 'export_model'), 'evaluation.scores': ('evaluate',)}
-__getattr__, __dir__ = face('msnlan', _rooms)
+__getattr__, __dir__ = face('msnlan', _modules)

@@ -491,11 +491,11 @@ def bench(
     Example: msnlan bench gpu
     """
     from importlib import import_module
-    rooms = dict(attention='operator', training='training', photo='photo', gpu='gpu')
-    if what not in rooms: raise ValueError(f"expected {', '.join(rooms)}, found {what!r}")
+    modules = dict(attention='operator', training='training', photo='photo', gpu='gpu')
+    if what not in modules: raise ValueError(f"expected {', '.join(modules)}, found {what!r}")
     out = out or Path('runs/benchmarks' if interpret else 'reports/benchmarks')
     more = dict(gpu=dict(minutes=minutes, interpret=interpret), photo=dict(minutes=minutes)).get(what, {})
-    import_module(f'msnlan.benchmarks.{rooms[what]}').benchmark(out, **more)
+    import_module(f'msnlan.benchmarks.{modules[what]}').benchmark(out, **more)
 
 # %% ../nbs/05_cli.ipynb #117d8c0b
 def error_line(e)->str|None:   # none: a mistake of ours

@@ -9,7 +9,7 @@ __all__ = []
 from ..basics import face
 
 # %% ../../nbs/attention/index.ipynb #a270b45f
-_rooms = dict(
+_modules = dict(
     definition=('patch_attention_reference', 'attention_map', 'sparsemax', 'weigh', 'key_norm', 'diagonal_sum'),
     operator=('patch_attention', 'choose'))
-__getattr__, __dir__ = face('msnlan.attention', _rooms)
+__getattr__, __dir__ = face('msnlan.attention', _modules)

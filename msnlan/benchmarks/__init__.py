@@ -9,7 +9,7 @@ __all__ = []
 from ..basics import face
 
 # %% ../../nbs/benchmarks/index.ipynb #bbb7995c
-_rooms = dict(
+_modules = dict(
     operator=('bare_minimum',),
     training=('training_row',))
-__getattr__, __dir__ = face('msnlan.benchmarks', _rooms)
+__getattr__, __dir__ = face('msnlan.benchmarks', _modules)

@@ -246,8 +246,8 @@ def check_verdict(check)->dict:
 # %% ../../nbs/benchmarks/02_gpu.ipynb #0d9cfc6a
 def source_digest()->str:
     "A hash of what is run: rows of other code are measured again"
-    wings = [package_folder()/w for w in ('attention', 'models', 'benchmarks')]
-    files = sorted([f for w in wings for f in w.glob('*.py')] + [*tests_folder().glob('*_cases.py')])
+    packages = [package_folder()/w for w in ('attention', 'models', 'benchmarks')]
+    files = sorted([f for w in packages for f in w.glob('*.py')] + [*tests_folder().glob('*_cases.py')])
     return hashlib.sha256(b''.join(f.read_bytes() for f in files)).hexdigest()[:16]
 
 def open_report(path:Path, toy:bool)->dict:   # machine, source, rows

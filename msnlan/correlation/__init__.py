@@ -9,10 +9,10 @@ __all__ = []
 from ..basics import face
 
 # %% ../../nbs/correlation/index.ipynb #ada8faf1
-_rooms = dict(
+_modules = dict(
     recording=('record', 'correlation_maps', 'attention_layers', 'Features'),
     maps=('CorrelationMap',),
     figures=('figure_set',),
     explorer=('Explorer',),
     interventions=('intervened', 'contributions'))
-__getattr__, __dir__ = face('msnlan.correlation', _rooms)
+__getattr__, __dir__ = face('msnlan.correlation', _modules)

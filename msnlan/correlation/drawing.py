@@ -214,7 +214,7 @@ def new_figure(
     size:tuple,           # (width, height) in inches
     **options,            # of `subplots`: width_ratios, height_ratios, ...
 )->tuple:                 # figure, array of axes (rows, columns)
-    "A figure with constrained layout and the house's style"
+    "A figure with constrained layout and the project's style"
     with rc_context(STYLE):
         fig = Figure(figsize=size, layout='constrained')
         return fig, fig.subplots(rows, columns, squeeze=False, gridspec_kw=options)

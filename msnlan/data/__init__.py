@@ -9,10 +9,10 @@ __all__ = []
 from ..basics import face
 
 # %% ../../nbs/data/index.ipynb #3b042cd1
-_rooms = dict(
+_modules = dict(
     sets=('load_dataset', 'BUILT_IN'),
     patches=('PatchDataset',),
     registry=('SETS', 'set_info', 'Picture'),
     fetching=('fetch', 'verify'),
     pairs=('Degradation',))
-__getattr__, __dir__ = face('msnlan.data', _rooms)
+__getattr__, __dir__ = face('msnlan.data', _modules)

@@ -9,8 +9,8 @@ __all__ = []
 from ..basics import face
 
 # %% ../../nbs/evaluation/index.ipynb #5cfe13e9
-_rooms = dict(
+_modules = dict(
     scores=('evaluate', 'compare', 'summarise', 'bootstrap', 'score_folder'),
     published=('read_published', 'join_published'),
     tables=('score_table', 'write_table'))
-__getattr__, __dir__ = face('msnlan.evaluation', _rooms)
+__getattr__, __dir__ = face('msnlan.evaluation', _modules)

@@ -9,7 +9,7 @@ __all__ = []
 from ..basics import face
 
 # %% ../../nbs/models/index.ipynb #eaceda3e
-_rooms = dict(
+_modules = dict(
     zoo=('SYSTEMS', 'VARIANTS', 'list_models', 'create_model', 'load_weights', 'load_model',
        'save_weights'))
-__getattr__, __dir__ = face('msnlan.models', _rooms)
+__getattr__, __dir__ = face('msnlan.models', _modules)

@@ -235,7 +235,7 @@ def align_up(side:int, step:int)->int:   # 1 ... step pixels to add
 
 # %% ../../nbs/models/01_layers.ipynb #7e886c83
 class System:
-    "The facts of a system that other rooms read; base of `Network`"
+    "The facts of a system that other modules read; base of `Network`"
     system = ''                         # its name in the zoo; empty: not in it
     scales:tuple = (2, 3, 4)            # of super-resolution
     tasks:tuple = ('sr',)               # of 'sr', 'denoise', 'demosaic', 'dejpeg'

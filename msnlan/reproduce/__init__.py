@@ -9,11 +9,11 @@ __all__ = []
 from ..basics import face
 
 # %% ../../nbs/reproduce/index.ipynb #c91d9ad3
-_rooms = dict(
+_modules = dict(
     presets=('load_preset',),
     plan=('plan_of',),
     jobs=('reproduce',),
     runs=('write_result', 'project_root'),
     report=('write_report',),
     overview=('write_overview',))
-__getattr__, __dir__ = face('msnlan.reproduce', _rooms)
+__getattr__, __dir__ = face('msnlan.reproduce', _modules)

@@ -78,15 +78,15 @@ def room_of(
     name:str,     # dotted, of something that is no module, such as msnlan.training.fit
     root:Path,    # folder of the package
 )->str|None:      # msnlan.training.trainer; none where no face gives the name
-    "The module that a wing's face loads a name from, see `basics.face`"
-    wing, _, last = name.rpartition('.')
-    face = module_file(wing, root) if wing else None
+    "The module that a package loads a name from when it is asked for, see `basics.face`"
+    package, _, last = name.rpartition('.')
+    face = module_file(package, root) if package else None
     if face is None or face.name != '__init__.py': return None
     for node in ast.parse(face.read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_rooms':
-            rooms = {k.arg: k.value for k in node.value.keywords} if isinstance(node.value, ast.Call) \
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_modules':
+            modules = {k.arg: k.value for k in node.value.keywords} if isinstance(node.value, ast.Call) \
                 else dict(zip(map(ast.literal_eval, node.value.keys), node.value.values))  # type: ignore[attr-defined]
-            return next((f'{wing}.{r}' for r, names in rooms.items() if last in ast.literal_eval(names)), None)
+            return next((f'{package}.{r}' for r, names in modules.items() if last in ast.literal_eval(names)), None)
 
 # %% ../../nbs/reproduce/03_fingerprints.ipynb #023b8714
 @lru_cache
@@ -151,7 +151,7 @@ def data_hash(
     name:str,            # as for `load_dataset`
     hashes:FileHashes,
 )->str|None:             # none: the set is not here, or not whole
-    "Hash over names and files of a data set"
+    "Hash over the names and files of a data set (`picture_hashes` of `runs` is over their pixels)"
     from msnlan.data.sets import load_dataset
     try:
         with offline(): pictures = load_dataset(name)

@@ -17,7 +17,7 @@ from .report import fill_page, findings
 
 # %% ../../nbs/reproduce/08_overview.ipynb #0cdb40a4
 def first_sentence(about:str)->str:
-    "Up to the first full stop, without marks"
+    "Up to the first full stop, colon or semicolon, which is left out"
     return re.split(r'(?<=[.:;]) ', ' '.join(about.replace('`', '').split()))[0].rstrip('.:;')
 
 def standing(

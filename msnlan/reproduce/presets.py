@@ -295,8 +295,8 @@ def load_preset(
     if not isinstance(data, dict): raise PresetError(f'{path}, line 1: expected keys such as title and jobs')
     spec = check_schema(data, node, path)
     called, title = path.stem + '-full'*full, (spec.title or path.stem) + ', full budget'*full
-    wing = path.parent.relative_to(presets_folder()) if path.is_relative_to(presets_folder()) else Path()
-    return dict(name=called, file=str(path), folder=str(wing/called), title=title, about=spec.about,
+    subfolder = path.parent.relative_to(presets_folder()) if path.is_relative_to(presets_folder()) else Path()
+    return dict(name=called, file=str(path), folder=str(subfolder/called), title=title, about=spec.about,
                 committed=spec.committed, jobs=expand(spec, node, path, full))
 
 # %% ../../nbs/reproduce/02_presets.ipynb #0ef703eb

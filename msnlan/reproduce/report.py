@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['SAYINGS', 'GALLERIES', 'read_runs', 'read_failures', 'page_of', 'to_pages', 'collect', 'fill_page', 'notebook_page',
-           'write_pages', 'findings', 'galleries', 'seconds', 'shown_table', 'describe', 'machine', 'commands',
-           'write_report']
+           'write_pages', 'findings', 'galleries', 'shown_table', 'describe', 'machine', 'commands', 'write_report']
 
 # %% ../../nbs/reproduce/06_report.ipynb #10eb1ce3
 import json, re, shutil
 from pathlib import Path
 
 from ..basics import package_folder, project_folder, replace_folder, write_bytes, write_json
-from .provenance import environment, now
+from .provenance import duration, environment, now
 
 # %% ../../nbs/reproduce/06_report.ipynb #8ec6baff
 def read_runs(
@@ -191,13 +190,6 @@ def galleries(
         if figures: out.append((ident, heading, figures))
     return out
 
-# %% ../../nbs/reproduce/06_report.ipynb #a7fd1652
-def seconds(provenance:dict)->int:
-    "How long a run took"
-    from datetime import datetime
-    start, end = (datetime.fromisoformat(provenance[k]) for k in ('start', 'end'))
-    return round((end - start).total_seconds())
-
 # %% ../../nbs/reproduce/06_report.ipynb #6b788008
 def shown_table(
     text:str,   # of a table in `tables/`
@@ -224,7 +216,8 @@ def describe(
     sections += [('runs', 'Runs'), ('environment', 'Environment'), ('provenance', 'Provenance'), ('again', 'Commands')]
     extra = lambda name: [f for f in ('per_picture.csv', 'log.txt', 'result.json', 'provenance.json')
                           if (folder/'runs'/name/f).is_file() and not (committed and f == 'log.txt')]
-    rows = [dict(r, seconds=seconds(r['provenance']), files=extra(r['name']), page=page_of(r['name'], committed),
+    rows = [dict(r, seconds=round(duration(r['provenance'])), files=extra(r['name']),
+                 page=page_of(r['name'], committed),
                  parameters=', '.join(f'{k}={v!r}' for k, v in r['provenance']['parameters'].items())) for r in runs]
     return dict(tables=tables, galleries=shown, inputs=sorted(inputs), sections=sections, runs=rows)
 
@@ -266,7 +259,7 @@ def write_report(
     committed = preset.get('committed', False)
     collect(folder, runs, committed)
     if not committed: write_pages(folder, runs, failures)
-    env, minutes = environment(), sum(seconds(r['provenance']) for r in runs)/60
+    env, minutes = environment(), sum(round(duration(r['provenance'])) for r in runs)/60
     write_json(folder/'provenance.json', dict(preset=preset['name'], committed=committed, time=now(), environment=env,
                                               runs={r['name']: r['provenance'] for r in runs}))
     shown = describe(folder, runs, failures, committed)

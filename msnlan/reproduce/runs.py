@@ -16,7 +16,7 @@ from ..basics import as_type, clone_around, project_folder, file_hash, write_jso
 
 # %% ../../nbs/reproduce/00_runs.ipynb #03a1a555
 def project_root()->Path:
-    "Below what results go: the clone of the project around the current folder, else the current folder"
+    "The folder that holds `runs` and `reports`: the clone around the current folder, else the current folder"
     return clone_around(Path.cwd()) or Path.cwd()
 
 # %% ../../nbs/reproduce/00_runs.ipynb #1146364b
@@ -115,7 +115,7 @@ def file_label(name:str)->str:
 
 # %% ../../nbs/reproduce/00_runs.ipynb #85e1ffb3
 def arm_of(name:str)->dict:   # 'arm': digest of system, configuration and recipe but for the seed; 'seed'
-    "Which training a weights file is of; empty where the file does not say"
+    "Which arm a weights file is of: one training set-up over several seeds; empty where the file does not say"
     from msnlan.models.checkpoints import read_state
     if Path(name).suffix != '.safetensors' or name.startswith('spandrel:'): return dict(arm='', seed='')
     about = read_state(name)[1]

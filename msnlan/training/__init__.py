@@ -9,7 +9,7 @@ __all__ = []
 from ..basics import face
 
 # %% ../../nbs/training/index.ipynb #1cf62b7b
-_rooms = dict(
+_modules = dict(
     trainer=('Trainer', 'fit', 'train', 'launch', 'plot_curves', 'LiveCurves'),
     recipes=('TrainConfig', 'make_config', 'load_recipe', 'list_recipes'))
-__getattr__, __dir__ = face('msnlan.training', _rooms)
+__getattr__, __dir__ = face('msnlan.training', _modules)

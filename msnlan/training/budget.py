@@ -22,21 +22,21 @@ from .recipes import TrainConfig
 
 # %% ../../nbs/training/05_budget.ipynb #d44a98e1
 class FusedCall(NamedTuple):
-    "A call of the fused attention, forward or backward: bytes alive before it, shapes, options"
+    "A call of the fused attention, forward or backward: bytes alive before it, shapes, the attention's patch, options"
     alive:int; back:bool; query:tuple; keys:list; values:list; patch:int; sparse:bool; dtype:torch.dtype
 
     @property
     def pairs(self): return self.query[2]*self.query[3]*sum(k[2]*k[3] for k in self.keys)   # of query and key
 
-    def inside(self)->int:
+    def extra_bytes(self)->int:
         "Bytes that the fused kernels take beyond their inputs"
         size = lambda shape: torch.Size(shape).numel()*torch.finfo(self.dtype).bits//8
         all_ = planned_bytes(self.query, self.keys, self.values, self.patch, self.sparse, dtype=self.dtype,
                              backward=self.back)
         return max(0, all_ - size(self.query) - sum(map(size, self.keys + self.values)))
 
-    def walk(self)->int:
-        "Bytes of the CPU's walk (`attention.cpu`): a thread's tile of lines, the maps laid out, their gradients"
+    def walk_bytes(self)->int:
+        "Bytes of the CPU's walk (`attention.cpu`): a thread's rings of key rows, the inputs laid out, gradients"
         maps = sum(4*torch.Size(shape).numel() for shape in [self.query, *self.keys, *self.values])
         line = max(16*self.patch*k[3]*(self.query[3] + self.patch//2) for k in self.keys)
         return torch.get_num_threads()*max(2**20, line) + 5*maps
@@ -71,12 +71,12 @@ def step_budget(
 )->Budget:
     "Parameters, peak memory and operations of a step of one process"
     from torch._subclasses import FakeTensorMode
-    # a network that fills up what it lacks counts the other's parameters on 'meta' while it is made
+    # MLRN without its parts adds a filler of as many parameters, which it counts on a network without data ('meta')
     with FakeTensorMode(allow_non_fake_inputs=True), FusedStep() as step, FlopCounterMode(display=False) as count:
         scale = {} if cfg.model_config.get('task', 'sr') != 'sr' else dict(scale=cfg.scale)
         net = create_model(cfg.model, **scale, **cfg.model_config)
         for m in net.modules():
-            if isinstance(m, PatchAttention): m.backend = 'triton'
+            if isinstance(m, PatchAttention): m.backend = 'triton'   # an opaque call: its shapes are noted
         learned = [p for p in net.parameters() if p.requires_grad]
         average = [p.clone() for p in learned] if cfg.ema else []
         adam, batch = torch.optim.Adam(learned, lr=cfg.lr), max(1, cfg.batch//processes//cfg.accumulate)
@@ -92,9 +92,9 @@ def step_budget(
 
 def on_gpu(step:FusedStep)->int:
     "Peak with what the fused attention allocates inside"
-    inside = {str(c[1:]): c for c in step.calls}
-    inside = {k: c.inside() for k, c in inside.items()}                      # each shape once
-    return max([step.peak, *(c.alive + inside[str(c[1:])] for c in step.calls)])
+    calls = {str(c[1:]): c for c in step.calls}
+    extra = {k: c.extra_bytes() for k, c in calls.items()}                   # each shape once
+    return max([step.peak, *(c.alive + extra[str(c[1:])] for c in step.calls)])
 
 def on_cpu(step:FusedStep)->int:
     "Peak with the maps of weights that `attention.whole` keeps for the backward pass, and its scratch"
@@ -105,7 +105,7 @@ def on_cpu(step:FusedStep)->int:
         backend = choose('cpu', c.pairs, 'sparsemax' if c.sparse else 'softmax', c.patch, c.query[0])
         held = one*c.query[0]
         if not c.back and (backend == 'plain' or backend == 'whole' and held <= KEEP): kept += held
-        scratch = max(scratch, c.walk() if backend == 'numba' else 2*one*torch.get_num_threads())
+        scratch = max(scratch, c.walk_bytes() if backend == 'numba' else 2*one*torch.get_num_threads())
     return step.peak + kept + scratch
 
 # %% ../../nbs/training/05_budget.ipynb #f5d1c770

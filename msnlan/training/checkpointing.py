@@ -76,7 +76,7 @@ def clear_partial(folder:Path):
 
 # %% ../../nbs/training/01_checkpointing.ipynb #e6c3b880
 def is_full(e:Exception, folder:Path)->bool:
-    "Whether a write below `folder` failed for want of room; torch and safetensors do not always say so"
+    "Whether a write below `folder` failed because the disk is full; torch and safetensors do not always say so"
     return getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT) or f'os error {errno.ENOSPC}' in str(e) \
         or shutil.disk_usage(folder).free < 2**20
 
@@ -147,7 +147,7 @@ class Progress:
     "Step, curves, best score and digests of the weights of a run; saved with each checkpoint"
     def __init__(self):
         self.step, self.best, self.seconds = 0, None, 0.
-        self.pending, self.curve, self.validation = [], [], []   # losses; (step, loss, lr); (step, dB)
+        self.pending, self.curve, self.validation = [], [], []   # losses; (step, loss, learning rate); (step, dB)
         self.digests = []                                        # (step, a digest for each process)
         self.sessions = []                                       # first step, code and machine of each start
     def state_dict(self): return dict(self.__dict__)

@@ -58,7 +58,7 @@ def averaging(
 
 # %% ../../nbs/training/03_trainer.ipynb #16878783
 class Trainer:
-    "Trains one network after `cfg`, below the folder `out`; `fit` starts or goes on"
+    "Trains one network as `cfg` says, below the folder `out`; `fit` starts or goes on"
     def __init__(self,
         cfg:TrainConfig,
         out:str|Path,              # folder for checkpoints, curves and weights
@@ -70,7 +70,7 @@ class Trainer:
         self.cfg, self.out, self.loss, self.quiet = cfg, Path(out), loss, quiet
         self.acc, self.progress = make_accelerator(cfg, self.out, cpu), Progress()
         self.build()
-        self.train_set, self.pictures = training_set(self.net, cfg), validation_pairs(self.net, cfg)
+        self.train_set, self.validation = training_set(self.net, cfg), validation_pairs(self.net, cfg)
 
     def build(self):
         "Network, optimiser, schedule, averaged weights; handed to Accelerate"
@@ -78,7 +78,7 @@ class Trainer:
         set_seed(cfg.seed)
         scale = {} if cfg.model_config.get('task', 'sr') != 'sr' else dict(scale=cfg.scale)
         self.net = create_model(cfg.model, **scale, **cfg.model_config)
-        if cfg.init: self.fresh = start_from(self.net, cfg.init, cfg.init_zero)
+        if cfg.init: start_from(self.net, cfg.init, cfg.init_zero)
         self.net.to(acc.device)
         if cfg.channels_last: self.net.to(memory_format=torch.channels_last)
         learned = [p for p in self.net.parameters() if p.requires_grad]
@@ -108,30 +108,30 @@ def agree(
     return loss, stop > 0
 
 # %% ../../nbs/training/03_trainer.ipynb #44022d85
-def loss_of(t:Trainer, lr:torch.Tensor, hr:torch.Tensor)->tuple:   # loss, output
+def loss_of(t:Trainer, low:torch.Tensor, high:torch.Tensor)->tuple:   # loss, output
     "One micro-batch through the network, in the precision asked for"
-    if t.cfg.channels_last: lr = lr.to(memory_format=torch.channels_last)
+    if t.cfg.channels_last: low = low.to(memory_format=torch.channels_last)
     graphs = t.cfg.compile and t.cfg.compile_mode == 'reduce-overhead'
     if graphs: torch.compiler.cudagraph_mark_step_begin()
-    with t.acc.autocast(): out = t.model(lr)
-    return t.loss(out.float(), hr), out.detach().clone() if graphs else out.detach()   # a graph reuses its memory
+    with t.acc.autocast(): out = t.model(low)
+    return t.loss(out.float(), high), out.detach().clone() if graphs else out.detach()   # a graph reuses its memory
 
 # %% ../../nbs/training/03_trainer.ipynb #132ad44f
 def take_step(
     t:Trainer,
-    source,            # iterator of (lr, hr), see `batches`
+    source,            # iterator of (low-resolution, high-resolution) batches, see `batches`
     caught=(None,),    # [0] names the signal that asked this process to stop, see `catch_signals`
 )->tuple:              # mean loss over all processes, whether to stop
     "One optimiser step over `accumulate` micro-batches"
     acc, cfg, seen = t.acc, t.cfg, []
     total = torch.zeros((), device=acc.device)
     for _ in range(cfg.accumulate):
-        lr, hr = next(source)
+        low, high = next(source)
         with acc.accumulate(t.model):
-            loss, out = loss_of(t, lr, hr)
+            loss, out = loss_of(t, low, high)
             acc.backward(loss)
             total += loss.detach()/cfg.accumulate
-            seen.append((lr, hr, out, loss.detach()))
+            seen.append((low, high, out, loss.detach()))
             if acc.sync_gradients:
                 value, stop = agree(acc, total, bool(caught[0]))
                 if not np.isfinite(value): stop_not_finite(t, seen)
@@ -140,12 +140,13 @@ def take_step(
             t.adam.zero_grad()
     t.schedule.step()
     if t.average: t.average.update_parameters(t.net)
-    return value, stop or acc.num_processes == 1 and bool(caught[0])   # several: after the next step
+    # a signal that came during the step: one process stops now, several hear of it by `agree` in the next step
+    return value, stop or acc.num_processes == 1 and bool(caught[0])
 
 # %% ../../nbs/training/03_trainer.ipynb #4ccffa45
 def stop_not_finite(
     t:Trainer,
-    seen:list,   # (lr, hr, output, loss) of the step's micro-batches
+    seen:list,   # (low, high, output, loss) of the step's micro-batches
 ):
     "Save the batch that did it for inspection and raise `FloatingPointError`; the weights have not changed"
     step, rank = t.progress.step, t.acc.process_index
@@ -245,8 +246,8 @@ def check_ranks(t:Trainer):
 def record_validation(t:Trainer):
     "Compare the processes' weights, validate, append to the curve and keep the best weights"
     check_ranks(t)
-    if not t.pictures: return
-    p, score = t.progress, validate(t.best_net, t.pictures, t.acc)
+    if not t.validation: return
+    p, score = t.progress, validate(t.best_net, t.validation, t.acc)
     p.validation.append([p.step, round(score, 6)])
     t.acc.log({'validation/PSNR, dB': score}, step=p.step)
     if p.best is None or score > p.best:
@@ -421,7 +422,7 @@ def launch(
     out:str|Path,           # run's folder
     processes:int,          # on this machine
     resume:str='auto',      # 'auto' | 'never'
-    watch=None,             # `LiveCurves`
+    live=None,              # `LiveCurves`, drawn anew when the run writes its curves
 )->dict:                    # summary, as `fit` gives
     "Train in several processes from a notebook; an interrupt lets them save. `RuntimeError` where they fail"
     out = Path(out)
@@ -433,7 +434,7 @@ def launch(
     try:
         while run.poll() is None:
             time.sleep(1)
-            if watch and (curves := out/'curves.json').exists(): watch.update(json.loads(curves.read_text()))
+            if live and (curves := out/'curves.json').exists(): live.update(json.loads(curves.read_text()))
     except KeyboardInterrupt: run.send_signal(signal.SIGTERM)
     finally:
         if run.wait():

@@ -93,7 +93,7 @@ def write(app):
     notebooks = lambda w: [str(p.relative_to(top).with_suffix('')) for p in sorted((top/w).glob('*.ipynb')) if p.stem != 'index']
     lines = ['# msnlan', '', 'Single-image super-resolution with non-local attention: exact, measured, reproducible.', '',
              *tree('Start', ['index', 'explore', *[str(p.relative_to(top).with_suffix('')) for p in sorted((top/'pages').glob('*.md'))]]),
-             *tree('Ground floor', notebooks(''))]
+             *tree('Top level', notebooks(''))]
     lines = [l for i, l in enumerate(lines) if not (l in ('index', 'explore') and l in lines[:i])]
     for w in WINGS[1:]: lines += tree(w.capitalize(), [f'{w}/index', *notebooks(w)])
     lines += tree('Experiments', notebooks('experiments'))
