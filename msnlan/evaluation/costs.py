@@ -9,6 +9,7 @@ __all__ = ['row_sources', 'network_costs', 'budget']
 import pandas as pd
 
 from .scores import fingerprint
+from .tables import runs_behind
 from ..models.zoo import load_model
 from ..training.checkpointing import spent, weights_record
 from ..training.recipes import list_recipes, load_recipe
@@ -17,12 +18,11 @@ from ..training.recipes import list_recipes, load_recipe
 def row_sources(
     t:pd.DataFrame,        # a table
     keys:list,             # columns that it shares with the scores
-    scores:pd.DataFrame,   # a row per picture, with `run`, `model`, `scale`
-    trained:dict,          # (run, model, scale) -> training runs, as `training_runs` gives
+    scores:pd.DataFrame,   # a row per picture, as for `runs_behind`
+    trained:dict,          # as `training_runs` gives
 )->list:                   # for each row and column, names of runs
     "The runs behind each row of a table"
-    runs = {k: dict.fromkeys(n for run, model, scale in zip(part.run, part.model, part.scale)
-                             for n in (run, *trained.get((run, model, scale), [])))
+    runs = {k: dict.fromkeys(name for row in runs_behind(part, trained) for name in row)
             for k, part in scores.groupby(keys, sort=False)}
     return [[list(runs[tuple(r)])]*t.shape[1] for r in t[keys].values.tolist()]
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HTML_MARKS', 'LATEX_MARKS', 'uses_seeds', 'seed_spread', 'means', 'column_labels', 'score_table', 'read_scores',
-           'training_runs', 'cell_sources', 'marked', 'dressed', 'html_table', 'latex_text', 'latex_table',
-           'write_table']
+           'training_runs', 'runs_behind', 'cell_sources', 'marked', 'dressed', 'html_table', 'latex_text',
+           'latex_table', 'write_sources', 'write_table']
 
 # %% ../../nbs/evaluation/02_tables.ipynb #7c5f5a18
 import html
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..basics import write_json
+from ..basics import write_bytes
 from .scores import one_thing_a_label
 from ..metrics import STANDARD, present, score_cell
 
@@ -87,26 +87,40 @@ def read_scores(
     return found, pd.concat(scores, ignore_index=True)
 
 # %% ../../nbs/evaluation/02_tables.ipynb #164c9b75
+def _seed(value)->str:
+    "A seed as text: 1, 1.0 and '1' are one; none where a table has no number"
+    return '' if pd.isna(value) or value == '' else str(int(float(value)))
+
 def training_runs(
     results:dict,   # run -> its result.json
-)->dict:            # (evaluation, model, scale) -> training runs whose weights it scored, by the weights' hash
+)->dict:            # (evaluation, model, scale, seed) -> training runs whose weights it scored, by the weights' hash
     "Which training made the network of an evaluation"
     made = {}
     for name, r in results.items():
         if r['kind'] == 'train': made.setdefault(r['weights'], []).append(name)
-    return {(name, n['model'], n['scale']): made[n['sha256']] for name, r in results.items() if r['kind'] == 'evaluate'
-            for n in r.get('networks', []) if n['sha256'] in made}
+    return {(name, n['model'], n['scale'], _seed(n.get('seed', ''))): made[n['sha256']] for name, r in results.items()
+            if r['kind'] == 'evaluate' for n in r.get('networks', []) if n['sha256'] in made}
+
+# %% ../../nbs/evaluation/02_tables.ipynb #136274dd
+def runs_behind(
+    scores:pd.DataFrame,      # a row per picture, with columns `run`, `model`, `scale` and, of seeds, `seed`
+    trained:dict|None=None,   # of `training_runs`
+)->list:                      # a list of run names for each row
+    "The runs behind each score: its evaluation first, then the training of the very network that was scored"
+    seeds = scores.seed if 'seed' in scores else ['']*len(scores)
+    return [[run, *(trained or {}).get((run, model, scale, _seed(seed)), [])]
+            for run, model, scale, seed in zip(scores.run, scores.model, scores.scale, seeds)]
 
 def cell_sources(
     table:pd.DataFrame,    # of `score_table`
     scores:pd.DataFrame,   # its rows per picture, with a column `run`
     trained:dict|None=None,   # of `training_runs`
 )->list:                   # a row each, of lists of run names, a column each
-    "The runs behind each cell of a score table: the evaluation first, then the training"
+    "The runs behind each cell of a score table: the evaluation first, then the trainings"
     found = {}
-    for model, column, run, scale in zip(scores.model, column_labels(scores), scores.run, scores.scale):
+    for model, column, runs in zip(scores.model, column_labels(scores), runs_behind(scores, trained)):
         for key in ((model, column), (model, table.columns[0])):
-            found.setdefault(key, {}).update(dict.fromkeys([run, *(trained or {}).get((run, model, scale), [])]))
+            found.setdefault(key, {}).update(dict.fromkeys(runs))
     return [[list(found.get((m, c), [])) for c in table.columns] for m in table.iloc[:, 0]]
 
 # %% ../../nbs/evaluation/02_tables.ipynb #daaecb85
@@ -174,6 +188,17 @@ def latex_table(table:pd.DataFrame, name:str, caption:str='', marks:list|None=No
     return t.style.hide(axis='index').to_latex(hrules=True, caption=latex_text(caption) or None, label=f'tab:{name}',
         column_format=''.join('l' if w else 'r' for w in words), multicol_align='c', convert_css=False)
 
+# %% ../../nbs/evaluation/02_tables.ipynb #9f7dc048
+def write_sources(
+    folder:Path,    # `tables`
+    name:str,       # of the table, without suffix
+    sources:list,   # a row each, of lists of run names, a column each
+)->Path:
+    "Write which runs are behind each cell, as `NAME.sources.json`"
+    rows = [row[0] if row and all(runs == row[0] for runs in row) else row for row in sources]
+    lines = ',\n'.join(json.dumps(row, ensure_ascii=False) for row in rows)
+    return write_bytes(Path(folder)/f'{name}.sources.json', f'[\n{lines}\n]\n'.encode())
+
 # %% ../../nbs/evaluation/02_tables.ipynb #d0080f20
 def write_table(
     table:pd.DataFrame,
@@ -190,5 +215,5 @@ def write_table(
     table.to_csv(folder/f'{name}.csv', index=False, lineterminator='\n')
     (folder/f'{name}.tex').write_text(latex_table(table, name, caption, marks, groups))
     (folder/f'{name}.html').write_text(html_table(table, caption, sources, marks, groups))
-    if sources: write_json(folder/f'{name}.sources.json', sources)
+    if sources: write_sources(folder, name, sources)
     return dict(name=name, caption=caption)
