@@ -37,12 +37,14 @@ def texts_inside(fig):
 
 
 @pytest.mark.parametrize('name', ['csnln', 'panet', *[pytest.param(n, marks=pytest.mark.slow) for n in ('hspan', 'msnlan', 'mlrn')]])
-def test_the_set_of_every_system(name):
-    "What suits the network is drawn, legibly"
-    made = {n: fig for n, _, fig in figures.figure_set(record(small(name), smooth(18, 26)), [(7, 12)], 3)}
+@pytest.mark.parametrize('width', drawing.WIDTHS)
+def test_the_set_of_every_system(name, width):
+    "What suits the network is drawn, legibly, in one column and in two"
+    features = record(small(name), smooth(18, 26))
+    made = {n: fig for n, _, fig in figures.figure_set(features, [(7, 12)], 3, width=width)}
     assert list(made) == ['0', '0-patches', *SPECIAL[name], 'spread']
-    for fig in made.values():
-        assert isinstance(fig, Figure)
+    for fig in [*made.values(), figures.overview(features, width=width)]:
+        assert isinstance(fig, Figure) and fig.get_figwidth() == drawing.WIDTHS[width]
         texts_inside(fig)
 
 

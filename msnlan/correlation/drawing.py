@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'QUERY', 'MATCHES', 'STYLE', 'SCALES', 'WIDTHS', 'span', 'strength', 'grey', 'shade', 'show_picture',
-           'outline', 'mark_query', 'show_map', 'scale_bar', 'cut_patch', 'show_patch', 'inches', 'rows_of',
+           'outline', 'mark_query', 'show_map', 'scale_bar', 'cut_patch', 'show_patch', 'inches', 'rows_of', 'fitting',
            'new_figure', 'save_figure_as']
 
 # %% ../../nbs/correlation/01_drawing.ipynb #33fdc698
@@ -97,8 +97,11 @@ def outline(
                            joinstyle='miter'))
     if not label: return
     low, high = sorted(ax.get_ylim())
-    under = top - low < .1*(high - low)                  # at the upper edge a number would stand in the title
-    ax.annotate(label, (left, top + h if under else top), (-1.5, -1.5 if under else 1.5), ha='right',
+    under = top - low < .1*(high - low)                  # at the upper edge a number would stand in the title,
+    first = min(ax.get_xlim())
+    right = left - first < .1*(max(ax.get_xlim()) - first)   # at the left one in another panel
+    ax.annotate(label, (left + w if right else left, top + h if under else top),
+                (1.5 if right else -1.5, -1.5 if under else 1.5), ha='left' if right else 'right',
                 textcoords='offset points', va='top' if under else 'bottom', color=color,
                 fontsize=7, fontweight='bold', path_effects=rim, annotation_clip=True)
 
@@ -206,6 +209,14 @@ def rows_of(
     "A grid whose rows are as even as they can be: five panels are 3 + 2, not 4 + 1"
     rows = -(-n//columns)
     return rows, -(-n//rows)
+
+def fitting(
+    columns:int,  # side by side at most
+    wide:float,   # inches that there are for all
+    least:float,  # inches that a panel needs, for its title
+)->int:
+    "How many panels fit side by side; at least one"
+    return max(1, min(columns, int(wide/least)))
 
 # %% ../../nbs/correlation/01_drawing.ipynb #f864b19a
 def new_figure(

@@ -8,13 +8,15 @@ __all__ = ['of_kind', 'summary', 'compare_scales', 'part', 'engaged_patches', 'b
            'spread', 'figure_set']
 
 # %% ../../nbs/correlation/05_figures.ipynb #9e643454
+import textwrap
+
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from .recording import Features
-from msnlan.correlation.drawing import (MATCHES, OKABE_ITO, QUERY, STYLE, cut_patch, inches, mark_query,
+from msnlan.correlation.drawing import (MATCHES, OKABE_ITO, QUERY, STYLE, cut_patch, fitting, inches, mark_query,
     new_figure, outline, rows_of, save_figure_as, scale_bar, shade, show_map, show_patch, show_picture, span,
     strength)
 from .surveys import NUMBERS, Survey, survey
@@ -56,7 +58,7 @@ def compare_scales(
     groups, width = min(groups, len(features)), inches(width)
     rows, cell = -(-len(features)//groups), (width - .5)/(3*groups)
     tall = max(f.size[0]/f.size[1] for f in features)
-    fig, axes = new_figure(rows, 3*groups, (width, rows*(cell*min(tall, 1.6) + .22)))
+    fig, axes = new_figure(rows, 3*groups, (width, max(rows*(cell*min(tall, 1.6) + .22), 1.1)))
     calls = [(of_kind(f, 'in-scale', 'region')[turn], of_kind(f, 'cross-scale')[turn]) for f in features]
     maps = [f.maps([p], c) for f, p, c in zip(features, points, calls)]
     decades = decades or span([m.on_picture() for pair in maps for m in pair])
@@ -95,11 +97,15 @@ def engaged_patches(
     side = m.query_box()[2] if apart is None else apart
     found, columns, width = m.matches(0, n, side, least), -(-(n + 1)//2), inches(width)
     shape = min(max(H/W, .5), 1.5)
-    large = (width - .3)/(1 + shape*columns/2)                       # of the picture, so that both are as high
-    fig, axes = new_figure(1, 2, (width, large*shape + .55), width_ratios=[large, large*shape*columns/2])
+    if width < 5:                                                    # the patches below the picture
+        large, low = min(.8*width, 2.2/shape), 2*(width/columns + .35)
+        fig, axes = new_figure(2, 1, (width, large*shape + .5 + low), height_ratios=[large*shape + .5, low])
+    else:
+        large = (width - .3)/(1 + shape*columns/2)                   # of the picture, so that both are as high
+        fig, axes = new_figure(1, 2, (width, large*shape + .55), width_ratios=[large, large*shape*columns/2])
     with rc_context(STYLE):
-        fig.delaxes(axes[0, 1])
-        small = fig.add_subfigure(axes[0, 1].get_subplotspec()).subplots(2, columns, squeeze=False)
+        fig.delaxes(axes.flat[1])
+        small = fig.add_subfigure(axes.flat[1].get_subplotspec()).subplots(2, columns, squeeze=False)
         show_picture(axes[0, 0], features.image, title or f'{features.name}, {m.kind}: {summary(m)}')
         for i, f in enumerate(found): outline(axes[0, 0], f.box, MATCHES[i % 6], label=str(i + 1))
         mark_query(axes[0, 0], m)
@@ -125,7 +131,7 @@ def branches(
 ):                      # matplotlib figure
     "The picture and the map of every call or branch, with patch size and numbers"
     maps, (H, W) = features.maps([point], calls), features.size
-    rows, columns = rows_of(len(maps) + 1, columns)
+    rows, columns = rows_of(len(maps) + 1, fitting(columns, inches(width) - .5, 1.4))
     cell = (inches(width) - .5)/columns
     fig, axes = new_figure(rows, columns, (inches(width), rows*(cell*min(H/W, 1.6) + .5)))
     decades = decades or span([m.on_picture() for m in maps] or [np.ones(1)])
@@ -181,9 +187,12 @@ def thresholds(
     H, W = features.size
     way_of = dict(zip(('softmax', 'soft threshold'), ('softmax', 'sparsemax'))).get
     maps = {name: features.maps([point], call, way_of(name))[0] for name in ('softmax', 'soft threshold')}
-    cell, decades = (inches(width) - .9)/4.2, decades or span([m.on_picture() for m in maps.values()])
-    tall = cell*min(max(H/W, .7), 1.6) + .65
-    fig, axes = new_figure(1, 4, (inches(width), tall), width_ratios=[1, 1, 1, 1.2])
+    decades = decades or span([m.on_picture() for m in maps.values()])
+    rows, columns = rows_of(4, fitting(4, inches(width) - .9, 1.4))
+    cell = (inches(width) - .9)/(columns + .2)
+    tall = rows*(cell*min(max(H/W, .7), 1.6) + .65)
+    fig, axes = new_figure(rows, columns, (inches(width), tall), width_ratios=[*[1]*(columns - 1), 1.2])
+    axes = axes.reshape(1, 4)
     with rc_context(STYLE):
         show_picture(axes[0, 0], features.image, f'{features.name}\n\n'); mark_query(axes[0, 0], maps['softmax'])
         for ax, (name, m) in zip(axes[0, 1:3], maps.items()):
@@ -208,10 +217,13 @@ def pyramid_levels(
     if len(m.keys) < 2: raise ValueError(f'expected a pyramid, found one level ({m.kind} attention)')
     n, (H, W) = len(m.keys), features.size
     decades = decades or span([m.weights])
-    widths = [1 - (1 - k.columns/m.keys[0].columns)*.8 for k in m.keys]
+    rows, columns = rows_of(n + 1, fitting(n + 1, inches(width) - .8, .9))
+    widths = [1 - (1 - k.columns/m.keys[0].columns)*.8 for k in m.keys] if rows == 1 else [1]*(columns - 1)
     cell = (inches(width) - .8)/(sum(widths) + .9)
-    fig, axes = new_figure(1, n + 1, (inches(width), cell*min(max(H/W, .6), 1.6) + .55),
-                           width_ratios=[*widths, .8])
+    fig, axes = new_figure(rows, columns, (inches(width), rows*(cell*min(max(H/W, .6), 1.6) + .55)),
+                           width_ratios=[*widths, .8 if rows == 1 else 1])
+    for ax in axes.flat[n + 1:]: ax.axis('off')
+    axes = axes.reshape(1, -1)
     with rc_context(STYLE):
         for i, ax in enumerate(axes[0, :n]): show_level(ax, features.image, m, i, 0, scale, decades, boxes)
         mark_query(axes[0, 0], m)
@@ -308,9 +320,9 @@ def overview(
     "All numbers of one call over the picture, each with its own scale, and where the best matches lie"
     s = survey(features, call, step, contribution=contribution, progress=progress)
     names, (H, W) = [n for n in NUMBERS if n in s.numbers and n != 'entropy'], s.size
-    lines, columns = rows_of(len(names) + 1, columns)
+    lines, columns = rows_of(len(names) + 1, fitting(columns, inches(width), 1.7))
     cell = inches(width)/columns
-    fig, axes = new_figure(lines, columns, (inches(width), lines*((cell - .45)*min(H/W, 1.6) + .3)))
+    fig, axes = new_figure(lines, columns, (inches(width), lines*((cell - .45)*min(H/W, 1.6) + .45)))
     with rc_context(STYLE):
         for ax in axes.flat: ax.axis('off')
         show_picture(axes[0, 0], np.round(255*shade(features.image, np.zeros(features.image.shape[:2]), 'gray')
@@ -319,7 +331,7 @@ def overview(
         for ax, name in zip(list(axes.flat)[1:], names):
             bar = fig.colorbar(show_number(ax, s, name), ax=ax, fraction=.05, pad=.02, shrink=.9)
             bar.outline.set_linewidth(.5)
-            ax.set_title(NUMBERS[name].replace(' (pixels)', ', px'))
+            ax.set_title(textwrap.fill(NUMBERS[name].replace(' (pixels)', ', px'), 22))
     return fig
 
 # %% ../../nbs/correlation/05_figures.ipynb #36cba6a7
@@ -337,7 +349,7 @@ def spread(
     chosen, (H, W) = features.choose(calls), features.size
     found = [survey(features, c, -(-c.query.rows//rows)) for c in chosen]
     norm = norm_of(number, [f.numbers[number] for f in found])
-    lines, columns = rows_of(len(found) + 1, columns)
+    lines, columns = rows_of(len(found) + 1, fitting(columns, inches(width) - .6, 1.4))
     cell = (inches(width) - .6)/columns
     fig, axes = new_figure(lines, columns, (inches(width), lines*(cell*min(H/W, 1.6) + .25)))
     with rc_context(STYLE):
