@@ -27,7 +27,7 @@ def _vector_bits():
     return int(named) if named else 512 if f.get('avx512f') else 256 if f.get('avx') else 128
 
 BITS = _vector_bits()
-ROWS = 8 if BITS == 512 else 4               # rows of the register tile; tiles have multiples of 8 rows
+ROWS = 8 if BITS == 512 else 4               # rows of the register tile; matrices have multiples of 8 rows
 
 # %% ../../nbs/attention/01_kernels.ipynb #d74fd6f8
 def _jit(f, fast=('contract',)):
@@ -45,7 +45,7 @@ class Matrix(NamedTuple):
     pitch: int
 
 def _vectors(context, sig, bits):
-    "What both generators below need of a type: element size in bytes, vector type, elements of a vector"
+    "What both generators below need of a type: element size in bytes, vector type, lanes of a vector"
     element = context.get_data_type(sig.args[0].dtype)
     size = 4 if element == ir.FloatType() else 8
     lanes = bits // (8*size)
@@ -55,10 +55,10 @@ def _place(context, builder, kind, array, start):
     "Pointer to an array's element"
     return builder.gep(context.make_array(kind)(context, builder, array).data, [start])
 
-def _gemm_block(rows, vectors, bits):
+def _gemm_code(rows, vectors, bits):
     "Code for `rows` rows and `vectors` vectors of columns of C, all of whose sums stay in registers"
     @intrinsic
-    def block(typing, A, a_start, a_pitch, B, b_start, b_pitch, C, c_start, c_pitch, inner, add):
+    def code(typing, A, a_start, a_pitch, B, b_start, b_pitch, C, c_start, c_pitch, inner, add):
         def codegen(context, builder, sig, args):
             A, a_start, a_pitch, B, b_start, b_pitch, C, c_start, c_pitch, inner, add = args
             size, vector, lanes = _vectors(context, sig, bits)
@@ -94,26 +94,26 @@ def _gemm_block(rows, vectors, bits):
             return context.get_dummy_value()
         i = types.int64
         return types.void(A, i, i, B, i, i, C, i, i, i, types.boolean), codegen
-    return block
+    return code
 
 # %% ../../nbs/attention/01_kernels.ipynb #a3b36c17
-_block2, _block1 = _gemm_block(ROWS, 2, BITS), _gemm_block(ROWS, 1, BITS)
+_tile2, _tile1 = _gemm_code(ROWS, 2, BITS), _gemm_code(ROWS, 1, BITS)
 BYTES = BITS//8
 
 # %% ../../nbs/attention/01_kernels.ipynb #2f51419c
 @_jit
 def gemm(A, B, C, rows, inner, columns, add):
-    "Matrix product of a tile: C = A B, or C += A B; rows in multiples of 8, columns of a vector"
+    "Product of small matrices: C = A B, or C += A B; rows in multiples of 8, columns of a vector"
     lanes = BYTES // A.data.itemsize
     x = 0
     while x + 2*lanes <= columns:
         for i in range(0, rows, ROWS):
-            _block2(A.data, A.start+i*A.pitch, A.pitch, B.data, B.start+x, B.pitch,
+            _tile2(A.data, A.start+i*A.pitch, A.pitch, B.data, B.start+x, B.pitch,
                     C.data, C.start+i*C.pitch+x, C.pitch, inner, add)
         x += 2*lanes
     while x < columns:
         for i in range(0, rows, ROWS):
-            _block1(A.data, A.start+i*A.pitch, A.pitch, B.data, B.start+x, B.pitch,
+            _tile1(A.data, A.start+i*A.pitch, A.pitch, B.data, B.start+x, B.pitch,
                     C.data, C.start+i*C.pitch+x, C.pitch, inner, add)
         x += lanes
 
@@ -134,7 +134,7 @@ ONE, EXP_LOW, CUT, ZERO = f32(1), f32(-87), f32(-60), f32(0)
 @_jit
 def exp32(x):
     "exp of a float32 of at most 0; below -60 it is 0"
-    y = min(max(x, EXP_LOW), ONE)   # above 0 lie only lanes outside the picture, whose weight is 0
+    y = min(max(x, EXP_LOW), ONE)   # above 0 lie only columns that are no queries, of weight 0
     k = np.int32(y*LOG2E - HALF)
     n = f32(k)
     y = y - n*LN2A - n*LN2B
@@ -152,10 +152,10 @@ def _exp_overload(x):
     return (lambda x: exp32(x)) if x == types.float32 else (lambda x: math.exp(min(x, 1.)))
 
 # %% ../../nbs/attention/01_kernels.ipynb #3e968c01
-def _box_block(p, bits):
+def _box_code(p, bits):
     "Code for the sum of p lines, a vector at a time: each line is read once, the sums are never stored between"
     @intrinsic
-    def block(typing, out, out_start, out_pitch, source, source_start, source_pitch, step, rows, columns):
+    def code(typing, out, out_start, out_pitch, source, source_start, source_pitch, step, rows, columns):
         def codegen(context, builder, sig, args):
             out, out_start, out_pitch, source, source_start, source_pitch, step, rows, columns = args
             size, vector, lanes = _vectors(context, sig, bits); i64 = ir.IntType(64)
@@ -176,10 +176,10 @@ def _box_block(p, bits):
             return context.get_dummy_value()
         i = types.int64
         return types.void(out, i, i, source, i, i, i, i, i), codegen
-    return block
+    return code
 
 # %% ../../nbs/attention/01_kernels.ipynb #37acebb9
-_box1, _box3, _box5, _box7 = [_box_block(p, BITS) for p in (1, 3, 5, 7)]
+_box1, _box3, _box5, _box7 = [_box_code(p, BITS) for p in (1, 3, 5, 7)]
 
 # %% ../../nbs/attention/01_kernels.ipynb #567242ba
 @_jit
@@ -257,11 +257,11 @@ def simplex_thresholds(score, out):
         for j in range(L):
             if line[j] > top - 1:
                 near[n] = line[j]; total += line[j] - top; n += 1
-        tau = (total - 1)/n
+        threshold = (total - 1)/n                            # relative to the largest
         while True:
             kept, total = 0, 0.
             for j in range(n):
-                if near[j] - top > tau: near[kept] = near[j]; total += near[j] - top; kept += 1
+                if near[j] - top > threshold: near[kept] = near[j]; total += near[j] - top; kept += 1
             if kept == n: break
-            n = kept; tau = (total - 1)/n
-        out[i] = top + tau
+            n = kept; threshold = (total - 1)/n
+        out[i] = top + threshold
