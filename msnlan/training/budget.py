@@ -28,7 +28,7 @@ class FusedCall(NamedTuple):
     @property
     def pairs(self): return self.query[2]*self.query[3]*sum(k[2]*k[3] for k in self.keys)   # of query and key
 
-    def inside(self)->int:
+    def extra(self)->int:
         "Bytes that the fused kernels take beyond their inputs"
         size = lambda shape: torch.Size(shape).numel()*torch.finfo(self.dtype).bits//8
         all_ = planned_bytes(self.query, self.keys, self.values, self.patch, self.sparse, dtype=self.dtype,
@@ -36,15 +36,15 @@ class FusedCall(NamedTuple):
         return max(0, all_ - size(self.query) - sum(map(size, self.keys + self.values)))
 
     def walk(self)->int:
-        "Bytes of the CPU's walk (`attention.cpu`): a thread's tile of lines, the maps laid out, their gradients"
+        "Bytes of the CPU's walk (`attention.cpu`): a thread's rings of blocks, the maps laid out, their gradients"
         maps = sum(4*torch.Size(shape).numel() for shape in [self.query, *self.keys, *self.values])
         line = max(16*self.patch*k[3]*(self.query[3] + self.patch//2) for k in self.keys)
         return torch.get_num_threads()*max(2**20, line) + 5*maps
 
     def flops(self)->int:
         "Multiply-adds count twice; the backward pass makes scores again and four products more"
-        c, inner = self.values[0][1], self.query[1]
-        return 2*self.query[0]*self.pairs*self.patch*(3*inner + 2*c if self.back else inner + c)
+        values, keys = self.values[0][1], self.query[1]        # channels
+        return 2*self.query[0]*self.pairs*self.patch*(3*keys + 2*values if self.back else keys + values)
 
 class FusedStep(LiveBytes):
     "Counts the bytes of a step and notes its calls of the fused attention"
@@ -92,9 +92,9 @@ def step_budget(
 
 def on_gpu(step:FusedStep)->int:
     "Peak with what the fused attention allocates inside"
-    inside = {str(c[1:]): c for c in step.calls}
-    inside = {k: c.inside() for k, c in inside.items()}                      # each shape once
-    return max([step.peak, *(c.alive + inside[str(c[1:])] for c in step.calls)])
+    different = {str(c[1:]): c for c in step.calls}
+    extra = {k: c.extra() for k, c in different.items()}                     # each shape once
+    return max([step.peak, *(c.alive + extra[str(c[1:])] for c in step.calls)])
 
 def on_cpu(step:FusedStep)->int:
     "Peak with the maps of weights that `attention.whole` keeps for the backward pass, and its scratch"
