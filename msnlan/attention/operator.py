@@ -73,13 +73,19 @@ class Choice(NamedTuple):
     backend: str = 'strips'
 
 CHOICES = (  # the first line that fits
-    Choice('cpu', batch_below=2**17, backend='plain'),                    # measured: a compiled call would cost more
-    Choice('cpu', 'softmax', samples='one', sample_up_to=2**20, backend='whole'),    # measured: threads share the walk
+    # measured: below this a compiled call would cost more
+    Choice('cpu', batch_below=2**17, backend='plain'),
+    # measured: beyond this the threads of `numba` are faster, which share a sample
+    Choice('cpu', 'softmax', samples='one', sample_up_to=2**20, backend='whole'),
     Choice('cpu', 'sparsemax', samples='one', sample_up_to=2**23, backend='whole'),
-    Choice('cpu', samples='many', sample_up_to=2**23, backend='whole'),   # measured: up to 32 MB a score map
-    Choice('cpu', 'softmax', backend='numba'),                            # measured: reports/benchmarks/attention-cpu.md
-    Choice('cpu', batch_below=2**24, backend='plain'),                    # measured: up to 64 MB a score map
-    Choice('cuda', 'softmax', patch=1, backend='sdpa'),                   # on paper (07_gpu); measured lines go before
+    # measured: up to 32 MB a score map
+    Choice('cpu', samples='many', sample_up_to=2**23, backend='whole'),
+    # measured: reports/benchmarks/attention-cpu.md
+    Choice('cpu', 'softmax', backend='numba'),
+    # measured: up to 64 MB of score maps
+    Choice('cpu', batch_below=2**24, backend='plain'),
+    # on paper (07_gpu); what was measured goes before
+    Choice('cuda', 'softmax', patch=1, backend='sdpa'),
     Choice('cuda', backend='triton'),
     Choice(backend='strips'))
 
@@ -125,7 +131,7 @@ def choose(
     compiled = patch <= 31 and has_numba()
     ready = dict(numba=compiled, whole=compiled, triton=has_triton())
     many = 'many' if samples > 1 else 'one'
-    for kind, weighs, size, count, batch_below, sample_up_to, backend in (*_MEASURED, *CHOICES):   # fields of `Choice`
+    for kind, weighs, size, count, batch_below, sample_up_to, backend in (*_MEASURED, *CHOICES):
         if kind not in ('', device) or weighs not in ('', weighting) or count not in ('', many): continue
         if size not in (None, patch): continue
         if batch_below and pairs*samples >= batch_below or sample_up_to and pairs > sample_up_to: continue
