@@ -26,7 +26,7 @@ SLOW = {
 def both(case, dtype, form='auto', device='cpu'):
     "Output and gradients of the fused kernels and of the definition in float64"
     from msnlan.attention.gpu import fused_attention
-    (N, c, cv, H, W), grids, s, patch, options, room = case
+    (N, c, cv, H, W), grids, s, patch, options, max_scores = case
     g = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     maps = [rand(N, c, H, W)*.3, *(rand(N, c, h, w) for h, w in grids), *(rand(N, cv, s*h, s*w) for h, w in grids)]
@@ -35,7 +35,7 @@ def both(case, dtype, form='auto', device='cpu'):
         a = [t.to(device, dtype).to(kind).requires_grad_() for t in maps]                  # the same rounded inputs
         out = f(a[0], a[1:n+1], a[n+1:], patch, 4., **options, **kw)
         return [t.double() for t in (out, *torch.autograd.grad(out, a, up.to(device, kind)))]
-    return run(fused_attention, dtype, form=form, room=room), run(patch_attention_reference, torch.float64)
+    return run(fused_attention, dtype, form=form, max_scores=max_scores), run(patch_attention_reference, torch.float64)
 
 
 def relative(a, b): return ((a-b).abs().max()/b.abs().max().clamp_min(1e-30)).item()
@@ -108,15 +108,15 @@ def check_plan(device='cpu'):
     from msnlan.attention.gpu import LiveBytes, Maps, planned_bytes, run_backward, run_forward
     launch, gpu.launch_kernel = gpu.launch_kernel, lambda *args, **options: None             # the interpreter holds its arguments for a while
     for name in ('levels', 'sparsemax_p1', 'strips', 'strips_of_keys'):
-        (N, c, cv, H, W), grids, _, patch, options, room = CASES[name]
+        (N, c, cv, H, W), grids, _, patch, options, max_scores = CASES[name]
         shapes = (N, c, H, W), [(N, c, *g) for g in grids], [(N, cv, *g) for g in grids]
         sparse = options.get('weighting') == 'sparsemax'
         with LiveBytes() as live:
             maps = [torch.ones(shapes[0]), [torch.ones(s) for s in shapes[1]], [torch.ones(N, *g) for g in grids],
-                    [torch.ones(s) for s in shapes[2]], patch, sparse, 'auto', room]
+                    [torch.ones(s) for s in shapes[2]], patch, sparse, 'auto', max_scores]
             out, stat = run_forward(Maps(*maps))
             run_backward(Maps(*maps), out, stat)
-        planned = planned_bytes(*shapes, patch, sparse, room=room)
+        planned = planned_bytes(*shapes, patch, sparse, max_scores=max_scores)
         assert abs(planned/live.peak - 1) < .01, (name, live.peak, planned)
     gpu.launch_kernel = launch
 

@@ -21,10 +21,11 @@ def results(f, maps, up, n, kind):
     return [out, *torch.autograd.grad(out, a, up.to(DEVICE, kind))]
 
 
-def how_cut(query, keys, options, room):
+def how_cut(query, keys, options, max_scores):
     "Whether the problem is cut, and which way"
     r, W = options['patch']//2, query.shape[-1]
-    strips, blocks = cut_work(query.shape[0], (query.shape[-2], W + r), [(k.shape[-2], k.shape[-1] + r) for k in keys], r, room or 2**26,
+    strips, blocks = cut_work(query.shape[0], (query.shape[-2], W + r), [(k.shape[-2], k.shape[-1] + r) for k in keys], r,
+                              max_scores or 2**26,
                          options['weighting'] == 'sparsemax')
     return 'strips_of_keys' if len(blocks) > len(keys) else 'strips' if len(strips) > 1 else 'whole'
 
@@ -47,13 +48,13 @@ def cases(draw):
 
 
 def equal_to_the_definition(case):
-    (query, keys, values, options), form, room = case
+    (query, keys, values, options), form, max_scores = case
     n, maps, s = len(keys), [query, *keys, *values], values[0].shape[-2]//keys[0].shape[-2]
     up = torch.randn(query.shape[0], values[0].shape[1], s*query.shape[-2], s*query.shape[-1], generator=torch.Generator().manual_seed(1),
                      dtype=torch.float64)
-    SEEN[how_cut(query, keys, options, room)] += 1
+    SEEN[how_cut(query, keys, options, max_scores)] += 1
     SEEN['sparsemax'] += options['weighting'] == 'sparsemax'
-    fused = lambda q, k, v: fused_attention(q, k, v, form=form, room=room, **options)
+    fused = lambda q, k, v: fused_attention(q, k, v, form=form, max_scores=max_scores, **options)
     plain = lambda q, k, v: patch_attention_reference(q, k, v, **options)
     want = results(plain, maps, up, n, torch.float64)
     for got, good in zip(results(fused, maps, up, n, torch.float64), want):

@@ -241,7 +241,7 @@ def test_authors_numbers(golden, name, dtype):
 
 @pytest.mark.parametrize('size', [5, 30])
 def test_large_scores_stay_finite(size):
-    "Lanes outside the picture must not overflow the exponential: weight 0 times infinity was a NaN once"
+    "Columns that are no queries must not overflow the exponential: weight 0 times infinity was a NaN once"
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, c, 26, 31, generator=g) for c in (8, 8, 16))
     out = patch_attention(q*size, k, v, patch=3)

@@ -113,22 +113,22 @@ def test_without_gpu_or_triton(monkeypatch):
 
 
 def test_384_in_under_4_gb():
-    "What the kernels' own program allocates on the largest room that a GPU gives; 3.1 GB"
+    "What the kernels' own program allocates with the largest score arrays that a GPU allows; 3.1 GB"
     from types import SimpleNamespace
-    from msnlan.attention.gpu import default_room, planned_bytes
-    room = default_room(SimpleNamespace(is_cuda=False))
-    assert room == 2**26
+    from msnlan.attention.gpu import default_max_scores, planned_bytes
+    least = default_max_scores(SimpleNamespace(is_cuda=False))
+    assert least == 2**26
     shapes = (1, 32, 384, 384), [(1, 32, 384, 384)], [(1, 64, 384, 384)]
-    sizes = [planned_bytes(*shapes, 7, room=r) for r in (room, 5*2**25)]
+    sizes = [planned_bytes(*shapes, 7, max_scores=n) for n in (least, 5*2**25)]
     assert sizes[0] < sizes[1] < 4e9
 
 
-def test_room_follows_the_free_memory(monkeypatch):
+def test_score_arrays_follow_the_free_memory(monkeypatch):
     from types import SimpleNamespace
-    from msnlan.attention.gpu import default_room
+    from msnlan.attention.gpu import default_max_scores
     for free, entries in ((2**30, 2**26), (16*2**30, 2**27), (80*2**30, 5*2**25)):
         monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free, 2*free))
-        assert default_room(SimpleNamespace(is_cuda=True, device='cuda')) == entries
+        assert default_max_scores(SimpleNamespace(is_cuda=True, device='cuda')) == entries
 
 
 def test_package_imports_without_triton_and_notebook_tools():

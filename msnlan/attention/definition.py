@@ -99,8 +99,8 @@ class _Sparsemax(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         support = ctx.saved_tensors[0] > 0
-        inside = grad * support
-        return inside.sub_(inside.sum(-1, keepdim=True)/support.sum(-1, keepdim=True)).mul_(support), None
+        kept = grad * support
+        return kept.sub_(kept.sum(-1, keepdim=True)/support.sum(-1, keepdim=True)).mul_(support), None
 
 # %% ../../nbs/attention/00_definition.ipynb #99d939e8
 def sparsemax(
@@ -143,7 +143,7 @@ def patch_attention_reference(
     weighting:str='softmax',    # 'softmax' or 'sparsemax', over the keys of all levels together
     backend:str='auto',         # not used: same signature as `patch_attention`
 )->Tensor:                      # (N, c, s*H, s*W)
-    "Patch attention by its definition, with convolutions; any dtype; memory: p*p keys and the whole map"
+    "Patch attention by its definition, with convolutions; any dtype; memory: p*p keys and the score map"
     keys, values, s = as_levels(query, keys, values, patch, weighting)
     r, p, out = patch//2, patch, []
     for n in range(query.shape[0]):
@@ -175,9 +175,9 @@ def box_scores(
     x:Tensor,    # (N, H, W, Hk, Wk): a value per query pixel and key pixel
     radius:int,  # r
 )->Tensor:       # same shape, summed over the common displacement d in [-r, r]^2
-    "The operator B: rows first, then columns"
-    x = diagonal_sum(x.transpose(2, 3), radius)                         # (N, H, Hk, W, Wk)
-    x = diagonal_sum(x.permute(0, 3, 4, 1, 2), radius)                      # (N, W, Wk, H, Hk)
+    "The operator B: columns first, then rows"
+    x = diagonal_sum(x.transpose(2, 3), radius)                         # columns: (N, H, Hk, W, Wk)
+    x = diagonal_sum(x.permute(0, 3, 4, 1, 2), radius)                  # rows: (N, W, Wk, H, Hk)
     return x.permute(0, 3, 1, 4, 2)
 
 # %% ../../nbs/attention/00_definition.ipynb #fe5898b0
@@ -191,7 +191,7 @@ def plain_attention(
     normalize_keys:bool,  # divide each key patch by its norm
     weighting:str,        # 'softmax' or 'sparsemax'
 )->Tensor:                # (N, c, s*H, s*W)
-    "The identity with whole maps and torch operations only: for export, and to check the rest"
+    "The identity with the whole score map and torch operations only: for export, and to check the rest"
     N, _, H, W = query.shape
     r, s = patch//2, values[0].shape[-2] // keys[0].shape[-2]
     scores = []

@@ -17,11 +17,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from .kernels import (BITS, HALF, LN2A, LN2B, ONE, _box_block, _exp, _float_of, _jit, _place,
+from .kernels import (BITS, HALF, LN2A, LN2B, ONE, _box_code, _exp, _float_of, _jit, _place,
                                       _vectors, f32)
 
 # %% ../../nbs/attention/03_lines.ipynb #c35dbb3e
-_box1, _box2, _box3, _box4, _box5, _box6, _box7 = [_box_block(k, BITS) for k in range(1, 8)]
+_box1, _box2, _box3, _box4, _box5, _box6, _box7 = [_box_code(k, BITS) for k in range(1, 8)]
 
 # %% ../../nbs/attention/03_lines.ipynb #5c6c48f0
 @_jit
@@ -41,10 +41,10 @@ def _sum_rows(out, j, source, first, count, n):
             for x in range(n): to[o+x] += terms[at+d*pitch+x]
 
 # %% ../../nbs/attention/03_lines.ipynb #2aa3be58
-def _stack_block(count, bits):
+def _stack_code(count, bits):
     "Sum of `count` lines at offsets; with `largest`: times factor, and largest[x] the largest so far"
     @intrinsic
-    def block(typing, out, out_start, source, offsets, source_start, columns, factor, largest):
+    def code(typing, out, out_start, source, offsets, source_start, columns, factor, largest):
         scores = largest != types.none
         def codegen(context, builder, sig, args):
             out, out_start, source, offsets, source_start, columns, factor, largest = args
@@ -77,10 +77,10 @@ def _stack_block(count, bits):
             return context.get_dummy_value()
         i = types.int64
         return types.void(out, i, source, offsets, i, i, out.dtype, largest), codegen
-    return block
+    return code
 
 # %% ../../nbs/attention/03_lines.ipynb #1b06797c
-_stack1, _stack2, _stack3, _stack4, _stack5, _stack6, _stack7 = [_stack_block(k, BITS) for k in range(1, 8)]
+_stack1, _stack2, _stack3, _stack4, _stack5, _stack6, _stack7 = [_stack_code(k, BITS) for k in range(1, 8)]
 
 # %% ../../nbs/attention/03_lines.ipynb #be3f957f
 @_jit
@@ -202,7 +202,7 @@ def sparse_grad_line(weight, grad, mean):
 # %% ../../nbs/attention/03_lines.ipynb #5f09b072
 @functools.partial(_jit, fast=('contract', 'reassoc'))
 def soft_factor_line(weight, grad, shift):
-    "Sum of grad * score, the score being log(weight) + shift"
+    "Sum of grad * score, the score being log(weight) + shift; shift: log of the query's sum of exp"
     total = weight[0]*0
     for x in range(weight.shape[0]): total += grad[x]*(_log(weight[x]) + shift[x])
     return total
@@ -210,7 +210,7 @@ def soft_factor_line(weight, grad, shift):
 # %% ../../nbs/attention/03_lines.ipynb #39b22479
 @functools.partial(_jit, fast=('contract', 'reassoc'))
 def sparse_factor_line(weight, grad, shift):
-    "The same for sparsemax, where the score of the support is weight + threshold"
+    "The same for sparsemax, where the score of the support is weight + shift; shift: the query's threshold"
     total = weight[0]*0
     for x in range(weight.shape[0]): total += grad[x]*(weight[x] + shift[x])
     return total

@@ -36,15 +36,15 @@ class FusedCall(NamedTuple):
         return max(0, all_ - size(self.query) - sum(map(size, self.keys + self.values)))
 
     def walk_bytes(self)->int:
-        "Bytes of the CPU's walk (`attention.cpu`): a thread's rings of key rows, the inputs laid out, gradients"
+        "Bytes of the CPU's walk (`attention.cpu`): a thread's rings of blocks, the inputs laid out, gradients"
         maps = sum(4*torch.Size(shape).numel() for shape in [self.query, *self.keys, *self.values])
         line = max(16*self.patch*k[3]*(self.query[3] + self.patch//2) for k in self.keys)
         return torch.get_num_threads()*max(2**20, line) + 5*maps
 
     def flops(self)->int:
         "Multiply-adds count twice; the backward pass makes scores again and four products more"
-        c, inner = self.values[0][1], self.query[1]
-        return 2*self.query[0]*self.pairs*self.patch*(3*inner + 2*c if self.back else inner + c)
+        values, keys = self.values[0][1], self.query[1]        # channels
+        return 2*self.query[0]*self.pairs*self.patch*(3*keys + 2*values if self.back else keys + values)
 
 class FusedStep(LiveBytes):
     "Counts the bytes of a step and notes its calls of the fused attention"
