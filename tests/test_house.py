@@ -43,6 +43,17 @@ def test_notebooks_are_clean(tmp_path):
     assert changed == [], 'nbdev_clean cleans them'
 
 
+def test_reading_notebooks_keep_what_their_code_made():
+    "By the hash of the code; `make notebooks` runs those that are out of date"
+    sys.path.insert(0, str(ROOT/'nbs/_book'))
+    try: import outputs
+    finally: sys.path.pop(0)
+    for name in outputs.READING:
+        path = ROOT/f'nbs/{name}.ipynb'
+        assert outputs.stale(path) == '', name
+        assert outputs.size(nbformat.read(path, 4)) <= outputs.LIMIT, name
+
+
 def test_readme_is_current():
     assert (ROOT/'README.md').read_text(encoding='utf-8') == readme.readme(), 'make readme writes it'
 

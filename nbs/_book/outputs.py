@@ -39,7 +39,9 @@ def tidy(output):   # an output, or none where it is of no use to a reader
     return output if data else None
 
 
-def size(nb)->int: return sum(len(json.dumps(c.get('outputs', []))) for c in nb.cells)
+def size(nb)->int:   # bytes
+    "Of the outputs, and of what they left in the notebook's metadata"
+    return sum(len(json.dumps(c.get('outputs', []))) for c in nb.cells) + len(json.dumps(nb.metadata))
 
 
 def run(path:Path):
@@ -59,7 +61,7 @@ def run(path:Path):
     if size(nb) > LIMIT: raise SystemExit(f'{path.name}: outputs of {size(nb):,} bytes; expected at most {LIMIT:,}: smaller pictures')
     words = [o.get('data', {}).get('text/plain', '') for c in nb.cells for o in c.get('outputs', [])]
     if any(w.startswith('<Figure') for w in words): raise SystemExit(f'{path.name}: a figure was kept in words, not as a picture')
-    nb.metadata.pop('language_info', None)                                    # nbdev_clean takes it too
+    for useless in ('language_info', 'widgets'): nb.metadata.pop(useless, None)   # the second is state of widgets that are not kept
     nb.metadata['msnlan'] = dict(outputs=code_hash(nb))
     nbformat.write(nb, path)
 
