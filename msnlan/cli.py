@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['plain', 'app', 'Parameters', 'DataRoot', 'Out', 'Listed', 'models_app', 'SelfEnsemble', 'Pictures', 'Result', 'Tile',
-           'Device', 'Overwrite', 'AtOnce', 'data_app', 'SetName', 'parse_parameters', 'use_data_root', 'run_command',
-           'predict', 'train', 'evaluate', 'attention', 'story', 'tables', 'explore', 'reproduce', 'init', 'why', 'job',
-           'models', 'models_card', 'score', 'apply_network', 'upscale', 'restore', 'export', 'data_list', 'data_fetch',
-           'data_verify', 'bench', 'error_line', 'main']
+           'Device', 'Overwrite', 'AtOnce', 'RESTORATIONS', 'data_app', 'SetName', 'parse_parameters', 'use_data_root',
+           'run_command', 'predict', 'train', 'evaluate', 'attention', 'story', 'tables', 'explore', 'reproduce',
+           'init', 'why', 'job', 'models', 'models_card', 'score', 'apply_network', 'upscale', 'restorer', 'restore',
+           'export', 'data_list', 'data_fetch', 'data_verify', 'bench', 'error_line', 'main']
 
 # %% ../nbs/05_cli.ipynb #7a03a0a0
 import os, sys
@@ -393,20 +393,38 @@ def upscale(
                   self_ensemble=self_ensemble, overwrite=overwrite, jobs=jobs)
 
 # %% ../nbs/05_cli.ipynb #4601b809
+RESTORATIONS = 'denoise', 'demosaic', 'dejpeg'
+
+def restorer(model:str, task:str, level:Optional[float])->tuple:   # network, label
+    "The network that a name, or a task and its level, mean; `ValueError` for what does not go together"
+    from msnlan.models.zoo import shipped_file
+    from msnlan.reproduce.runs import model_by_name
+    if task not in ('', *RESTORATIONS): raise ValueError(f"--task {task}: expected {', '.join(RESTORATIONS)}")
+    if not model and not task: raise ValueError(f"expected --task {', '.join(RESTORATIONS)}, or --model")
+    if level is not None and (model or task == 'demosaic'):
+        raise ValueError('--level is the noise of denoise or the quality of dejpeg; '
+                         + ('--model has its own' if model else 'demosaic has none'))
+    net, label, _ = model_by_name(model or shipped_file('panet-tiny', 1, task, level).stem, 1)
+    if net.task == 'sr': raise ValueError(f'{model} is a network for super-resolution: msnlan upscale uses it')
+    if task and net.task != task: raise ValueError(f'{model} is a network for {net.task}, not for {task}')
+    return net, label
+
+# %% ../nbs/05_cli.ipynb #413aff13
 @app.command()
 def restore(
     pictures:Pictures,
     out:Result,
-    model:Annotated[str, typer.Option(help='Weights of a network for denoising, demosaicing or JPEG artifacts')],
+    task:Annotated[str, typer.Option(help='denoise, demosaic or dejpeg; with --model it is checked')]='',
+    level:Annotated[Optional[float], typer.Option(help='Sigma of the noise, or the JPEG quality; none: where only one '
+                                                       'network comes with the package')]=None,
+    model:Annotated[str, typer.Option(help='Other weights: a name or a file')]='',
     tile:Tile='auto', self_ensemble:SelfEnsemble=False, device:Device=None, overwrite:Overwrite=False, jobs:AtOnce=1,
 ):
     """Denoise, demosaic or clean pictures of JPEG's marks.
 
-    Example: msnlan restore noisy.png -o clean.png --model panet-tiny-denoise-30
+    Example: msnlan restore noisy.png -o clean.png --task denoise
     """
-    from msnlan.reproduce.runs import model_by_name
-    net, label, _ = model_by_name(model, 1)
-    if net.task == 'sr': raise ValueError(f'{model} is a network for super-resolution: msnlan upscale uses it')
+    net, label = restorer(model, task, level)
     apply_network([net], pictures, out, f'{net.task} by {label}', device, tile=tile, self_ensemble=self_ensemble,
                   overwrite=overwrite, jobs=jobs)
 
