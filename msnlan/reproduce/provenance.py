@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'environment', 'only_one', 'now', 'duration', 'failed_cell', 'register_engine', 'RunError', 'Log',
-           'relocate', 'keep_failed', 'execute', 'begin', 'executed_error', 'prepare', 'finish', 'run_notebook']
+           'relocate', 'keep_failed', 'started', 'execute', 'begin', 'executed_error', 'prepare', 'finish',
+           'run_notebook']
 
 # %% ../../nbs/reproduce/01_provenance.ipynb #89376639
 import fcntl, hashlib, json, os, platform, re, shutil, subprocess, sys
@@ -129,6 +130,15 @@ def keep_failed(
     shutil.move(partial, folder)
     return Path(os.path.relpath(folder/'notebook.ipynb'))
 
+# %% ../../nbs/reproduce/01_provenance.ipynb #fe151e6f
+def started(run, tries:int=3):
+    "Call `run` again where its kernel died before its first answer; then as `RunError`"
+    for left in reversed(range(tries)):
+        try: return run()
+        except RuntimeError as e:
+            if 'before replying to kernel_info' not in str(e): raise
+            if not left: raise RunError(f'the notebook\'s kernel died {tries} times before its first answer') from None
+
 # %% ../../nbs/reproduce/01_provenance.ipynb #879d2478
 def execute(
     path:Path,           # notebook
@@ -143,10 +153,10 @@ def execute(
     if root := os.environ.get('MSNLAN_DATA'): os.environ['MSNLAN_DATA'] = str(Path(root).absolute())
     log = folder/'log.txt'
     with open(log, 'a') as f: f.write(f"{now()} {record['notebook']} starts\n")
-    try: execute_notebook(str(path), str(folder/'notebook.ipynb'), parameters, cwd=str(folder), engine_name='msnlan',
-                          record=record, kernel_name='python3', progress_bar=False, start_timeout=600,
-                          extra_arguments=['--log-level=CRITICAL'], stdout_file=Log(log),
-                          stderr_file=Log(log, None if quiet else sys.stderr))
+    options = dict(cwd=str(folder), engine_name='msnlan', record=record, kernel_name='python3', progress_bar=False,
+                   start_timeout=600, extra_arguments=['--log-level=CRITICAL'], stdout_file=Log(log),
+                   stderr_file=Log(log, None if quiet else sys.stderr))
+    try: started(lambda: execute_notebook(str(path), str(folder/'notebook.ipynb'), parameters, **options))
     except PapermillExecutionError as e: raise RunError(f'{e.evalue or e.ename}') from None
     finally:
         with open(log, 'a') as f: f.write(f"{now()} {record['notebook']} ends\n")
