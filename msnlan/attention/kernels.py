@@ -27,7 +27,7 @@ def _vector_bits():
     return int(named) if named else 512 if f.get('avx512f') else 256 if f.get('avx') else 128
 
 BITS = _vector_bits()
-ROWS = 8 if BITS == 512 else 4               # rows of the register tile; matrices have multiples of 8 rows
+ROWS = 8 if BITS == 512 else 4               # rows of the register tile; matrices have a multiple of them
 
 # %% ../../nbs/attention/01_kernels.ipynb #d74fd6f8
 def _jit(f, fast=('contract',)):

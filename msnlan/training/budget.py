@@ -71,7 +71,7 @@ def step_budget(
 )->Budget:
     "Parameters, peak memory and operations of a step of one process"
     from torch._subclasses import FakeTensorMode
-    # MLRN without its parts adds a filler of as many parameters, which it counts on a network without data ('meta')
+    # MLRN with parts='none' has plain layers in their place; to count the parts it builds them on 'meta' meanwhile
     with FakeTensorMode(allow_non_fake_inputs=True), FusedStep() as step, FlopCounterMode(display=False) as count:
         scale = {} if cfg.model_config.get('task', 'sr') != 'sr' else dict(scale=cfg.scale)
         net = create_model(cfg.model, **scale, **cfg.model_config)

@@ -91,7 +91,7 @@ class Trainer:
         acc.register_for_checkpointing(self.schedule, self.progress, *([self.average] if cfg.ema else []))
 
     @property
-    def best_net(self):
+    def scored_net(self):
         "The network that is scored and saved: the averaged one, if there is one"
         return self.average.module if self.cfg.ema else self.net
 
@@ -247,12 +247,12 @@ def record_validation(t:Trainer):
     "Compare the processes' weights, validate, append to the curve and keep the best weights"
     check_ranks(t)
     if not t.validation: return
-    p, score = t.progress, validate(t.best_net, t.validation, t.acc)
+    p, score = t.progress, validate(t.scored_net, t.validation, t.acc)
     p.validation.append([p.step, round(score, 6)])
     t.acc.log({'validation/PSNR, dB': score}, step=p.step)
     if p.best is None or score > p.best:
         p.best = round(score, 6)
-        if t.acc.is_main_process: save_weights(t.best_net, t.out/'best.safetensors', about_run(t))
+        if t.acc.is_main_process: save_weights(t.scored_net, t.out/'best.safetensors', about_run(t))
 
 # %% ../../nbs/training/03_trainer.ipynb #53648a9c
 def write_curves(t:Trainer):
@@ -277,7 +277,7 @@ def finish_run(
         device=str(t.acc.device), processes=t.acc.num_processes, threads=torch.get_num_threads())
     write_curves(t)
     if t.acc.is_main_process:
-        save_weights(t.best_net, t.out/'weights.safetensors', about_run(t))
+        save_weights(t.scored_net, t.out/'weights.safetensors', about_run(t))
         write_json(t.out/'summary.json', summary)
     for tracker in t.acc.trackers: tracker.finish()
     t.acc.wait_for_everyone()
