@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['plain', 'app', 'Parameters', 'DataRoot', 'Out', 'Listed', 'models_app', 'SelfEnsemble', 'Pictures', 'Result', 'Tile',
-           'Device', 'Overwrite', 'AtOnce', 'RESTORATIONS', 'data_app', 'SetName', 'parse_parameters', 'use_data_root',
-           'run_command', 'predict', 'train', 'evaluate', 'attention', 'story', 'tables', 'explore', 'reproduce',
-           'init', 'why', 'job', 'models', 'models_card', 'score', 'apply_network', 'upscale', 'restorer', 'restore',
-           'export', 'data_list', 'data_fetch', 'data_verify', 'bench', 'error_line', 'main']
+           'Device', 'Overwrite', 'AtOnce', 'data_app', 'SetName', 'parse_parameters', 'use_data_root', 'run_command',
+           'predict', 'train', 'evaluate', 'attention', 'story', 'tables', 'explore', 'reproduce', 'init', 'why', 'job',
+           'models', 'models_card', 'score', 'apply_network', 'upscale', 'restorer', 'restore', 'export', 'data_list',
+           'data_fetch', 'data_verify', 'bench', 'error_line', 'main']
 
 # %% ../nbs/05_cli.ipynb #7a03a0a0
 import os, sys
@@ -393,14 +393,14 @@ def upscale(
                   self_ensemble=self_ensemble, overwrite=overwrite, jobs=jobs)
 
 # %% ../nbs/05_cli.ipynb #4601b809
-RESTORATIONS = 'denoise', 'demosaic', 'dejpeg'
-
 def restorer(model:str, task:str, level:Optional[float])->tuple:   # network, label
     "The network that a name, or a task and its level, mean; `ValueError` for what does not go together"
+    from msnlan.degradations import TASKS
     from msnlan.models.zoo import shipped_file
     from msnlan.reproduce.runs import model_by_name
-    if task not in ('', *RESTORATIONS): raise ValueError(f"--task {task}: expected {', '.join(RESTORATIONS)}")
-    if not model and not task: raise ValueError(f"expected --task {', '.join(RESTORATIONS)}, or --model")
+    names = ', '.join(t for t in TASKS if t != 'sr')
+    if task and task not in names.split(', '): raise ValueError(f'--task {task}: expected {names}')
+    if not model and not task: raise ValueError(f'expected --task {names}, or --model')
     if level is not None and (model or task == 'demosaic'):
         raise ValueError('--level is the noise of denoise or the quality of dejpeg; '
                          + ('--model has its own' if model else 'demosaic has none'))

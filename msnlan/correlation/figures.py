@@ -58,7 +58,7 @@ def compare_scales(
     groups, width = min(groups, len(features)), inches(width)
     rows, cell = -(-len(features)//groups), (width - .5)/(3*groups)
     tall = max(f.size[0]/f.size[1] for f in features)
-    fig, axes = new_figure(rows, 3*groups, (width, max(rows*(cell*min(tall, 1.6) + .22), 1.1)))
+    fig, axes = new_figure(rows, 3*groups, (width, max(rows*(cell*min(tall, 1.6) + .22), 1.1)))   # the scale's label
     calls = [(of_kind(f, 'in-scale', 'region')[turn], of_kind(f, 'cross-scale')[turn]) for f in features]
     maps = [f.maps([p], c) for f, p, c in zip(features, points, calls)]
     decades = decades or span([m.on_picture() for pair in maps for m in pair])

@@ -53,7 +53,7 @@ def now()->str:
 
 # %% ../../nbs/reproduce/01_provenance.ipynb #a4ed3422
 def duration(record:dict)->float|None:
-    "Seconds that a run took, by its record"
+    "Seconds that a run took, by its record; none where it has not ended"
     try: start, end = (datetime.fromisoformat(record[k]) for k in ('start', 'end'))
     except (KeyError, ValueError): return None
     return (end - start).total_seconds()
