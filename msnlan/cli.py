@@ -503,6 +503,7 @@ def bench(
     out:Annotated[Optional[Path], typer.Option('-o', '--out', help='Folder; default: reports/benchmarks')]=None,
     minutes:Annotated[float, typer.Option(help='gpu: no new task after them; photo: no picture that takes longer')]=10.,
     interpret:Annotated[bool, typer.Option('--interpret', help="gpu: all of it at toy sizes, without one")]=False,
+    resume:Annotated[bool, typer.Option('--resume', help='photo: keep what OUT has of this machine')]=False,
 ):
     """Time and memory: operator, training, photograph, GPU.
 
@@ -512,8 +513,8 @@ def bench(
     modules = dict(attention='operator', training='training', photo='photo', gpu='gpu')
     if what not in modules: raise ValueError(f"expected {', '.join(modules)}, found {what!r}")
     out = out or Path('runs/benchmarks' if interpret else 'reports/benchmarks')
-    more = dict(gpu=dict(minutes=minutes, interpret=interpret), photo=dict(minutes=minutes)).get(what, {})
-    import_module(f'msnlan.benchmarks.{modules[what]}').benchmark(out, **more)
+    options = dict(gpu=dict(minutes=minutes, interpret=interpret), photo=dict(minutes=minutes, resume=resume))
+    import_module(f'msnlan.benchmarks.{modules[what]}').benchmark(out, **options.get(what, {}))
 
 # %% ../nbs/05_cli.ipynb #117d8c0b
 def error_line(e)->str|None:   # none: a mistake of ours

@@ -30,9 +30,12 @@ def photograph()->str:
     more = max((r for r in run['left_out'] if r['method'] == 'whole'), key=lambda r: r['width']*r['height'], default=None)
     beyond = more and (f"; {more['width']}x{more['height']} whole was not run: about {more['cpu_seconds']/60:.0f} min"
                        + (f" and {more['peak_mb']/1000:.1f} GB" if 'peak_mb' in more else '') + ' by forecast')
-    return (f"A photograph of {w}x{h} pixels takes `{m['model']}` x{m['scale']} {ours['cpu_seconds']:.0f} s of a processor ({m['cpu']}) and "
-            f"{ours['peak_mb']:.0f} MB in our tiles,\n{theirs['cpu_seconds']:.0f} s and {theirs['peak_mb']:.0f} MB in the authors'. "
-            f"Whole, {whole['width']}x{whole['height']} takes {whole['cpu_seconds']:.0f} s and {whole['peak_mb']:.0f} MB{beyond or ''}\n"
+    time = lambda s: f'{s:.0f} s' if s < 600 else f'{s/60:.0f} min'
+    room = lambda mb: f'{mb:.0f} MB' if mb < 1000 else f'{mb/1000:.1f} GB'
+    return (f"A photograph of {w}x{h} pixels takes `{m['model']}` x{m['scale']} {time(ours['cpu_seconds'])} of a processor ({m['cpu']}) and "
+            f"{room(ours['peak_mb'])} in our tiles,\n{time(theirs['cpu_seconds'])} and {room(theirs['peak_mb'])} in the authors'. "
+            f"Whole, {whole['width']}x{whole['height']} takes {time(whole['cpu_seconds'])} of a processor, {time(whole['seconds'])} on "
+            f"{m['threads']} cores, and {room(whole['peak_mb'])}{beyond or ''}\n"
             '([all sizes](reports/benchmarks/photo-cpu.md)).')
 
 
