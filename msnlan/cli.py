@@ -398,8 +398,9 @@ def restorer(model:str, task:str, level:Optional[float])->tuple:   # network, la
     from msnlan.degradations import TASKS
     from msnlan.models.zoo import shipped_file
     from msnlan.reproduce.runs import model_by_name
-    names = ', '.join(t for t in TASKS if t != 'sr')
-    if task and task not in names.split(', '): raise ValueError(f'--task {task}: expected {names}')
+    tasks = [t for t in TASKS if t != 'sr']
+    names = ', '.join(tasks)
+    if task and task not in tasks: raise ValueError(f'--task {task}: expected {names}')
     if not model and not task: raise ValueError(f'expected --task {names}, or --model')
     if level is not None and (model or task == 'demosaic'):
         raise ValueError('--level is the noise of denoise or the quality of dejpeg; '

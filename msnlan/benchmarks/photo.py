@@ -28,7 +28,7 @@ def photograph(height:int, width:int)->np.ndarray:   # uint8, (height, width, 3)
 
 # %% ../../nbs/benchmarks/03_photo.ipynb #271c4c6f
 def measure(model:str, scale:int, height:int, width:int, tile:str)->dict:   # seconds, cpu_seconds, peak_mb
-    "In the process of its own: load, warm up, one photograph; again where a part was compiled in it and that counts"
+    "In the process of its own: load, warm up, one photograph; again if a part was compiled in it, up to ten minutes"
     import torch
     from numba.core.event import install_recorder
     from msnlan.batch import enlarge
