@@ -162,6 +162,23 @@ def test_a_signal_to_one_process_ends_all(project):
     assert psutil.wait_procs(below, 20)[1] == []
 
 
+def test_a_training_stopped_by_a_signal_is_not_done(project):
+    "SIGTERM to a command that a script started with `&` (interrupts are ignored below it): nothing further starts, the checkpoint stays"
+    jobs = {n: dict(notebook='train', parameters=dict(model='hspan', model_config=dict(n_feats=16, n_resgroups=1, n_resblocks=1),
+                data=['{data}'], validation=[], patch=8, batch=2, steps=1_000_000, checkpoint_every=5)) for n in ('first', 'second')}
+    preset, folder = write_preset(project, dict(title='stopped', threads=1, jobs=jobs), 'stopped'), project/'reports/stopped'
+    p = subprocess.Popen([sys.executable, '-m', 'msnlan.cli', 'reproduce', preset, '--jobs', '1'], cwd=project, env=environ(project),
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    end = time.monotonic() + 120
+    while not list(folder.glob('runs/.*.partial/checkpoints/step-*')) and time.monotonic() < end: time.sleep(.1)
+    p.send_signal(signal.SIGTERM)
+    said = p.communicate(timeout=120)[1]
+    assert p.returncode == 1 and f'the same command goes on: msnlan reproduce {preset}' in said
+    begun = [f for f in folder.glob('runs/.*.partial') if (f/'log.txt').is_file()]
+    assert stamps(folder) == {} and len(begun) == 1 and list(begun[0].glob('checkpoints/step-*'))
+
+
 def kill_and_resume(project, name, kills, seed):
     "Reproduce NETS with `kills` SIGKILLs at random moments; gives the number of finished runs seen at each kill"
     preset, folder, rng, seen = write_preset(project, NETS, name), project/f'reports/{name}', random.Random(seed), []

@@ -221,11 +221,13 @@ def end_all(
     process,              # from `subprocess.Popen`
     patience:float=10.,   # seconds: Ctrl+C in a terminal has reached the others already
 ):
-    "End a process and what it started, as Ctrl+C would"
+    "End a process and what it started, as Ctrl+C would, also where an interrupt is ignored: below a script's `&`"
     import psutil
     try: process.wait(patience)
     except subprocess.TimeoutExpired:
-        for p in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()                                          # Snakemake hears this and starts no further job
+        for p in [process, *below]:
             try: p.send_signal(signal.SIGINT)
             except psutil.NoSuchProcess: continue                              # it ended by itself
         process.wait()

@@ -234,6 +234,8 @@ def run_notebook(
         try:
             execute(path, dict(parameters, out='.'), partial, record, quiet)
             result = json.loads((partial/'result.json').read_text())
+            if fingerprint and result.get('stopped'):          # a training, by a signal: its job is not done
+                raise KeyboardInterrupt(f"{name}: stopped by {result['stopped']}")
         except BaseException as e:
             bad = executed_error(partial) or dict(error=str(e))
             write_json(partial/'provenance.json', record | dict(end=now(), state='failed') | bad)
