@@ -26,7 +26,8 @@ class TrainConfig:
     patch:int=48                    # side of an LR training patch, pixels (an attention's patch is in `model_config`)
     batch:int=16                    # patches a step, over all processes
     steps:int=1_000_000             # optimiser steps
-    lr:float=1e-4                   # Adam's learning rate
+    optimizer:str='adam'            # 'adam' | 'muon': Muon for the convolutions, Adam for the rest
+    lr:float=1e-4                   # learning rate
     betas:tuple=(0.9, 0.999)        # decay rates of Adam's two moment estimates
     schedule:str='multistep'        # 'multistep' | 'cosine' | 'constant'
     milestones:tuple=(200_000, 400_000, 600_000, 800_000)  # steps at which `multistep` multiplies by `gamma`
@@ -57,8 +58,8 @@ class TrainConfig:
 # %% ../../nbs/training/00_recipes.ipynb #a33034e7
 def check_config(cfg:TrainConfig, world:int=1):
     "Raise `ValueError` naming the first setting of `cfg` that cannot work with `world` processes"
-    choices = dict(schedule=('multistep', 'cosine', 'constant'), precision=('no', 'bf16', 'fp16'),
-                   compile_mode=('default', 'reduce-overhead'))
+    choices = dict(optimizer=('adam', 'muon'), schedule=('multistep', 'cosine', 'constant'),
+                   precision=('no', 'bf16', 'fp16'), compile_mode=('default', 'reduce-overhead'))
     for name, allowed in choices.items():
         value = getattr(cfg, name)
         if value not in allowed:
