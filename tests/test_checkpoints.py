@@ -77,17 +77,19 @@ def kill_and_go_on(forks, settings, out, kills, seed):
     assert p.exitcode == 0 and killed == kills, f'{killed} of {kills} kills hit a run in progress'
 
 
-def check_kills(forks, tmp_path, kills, steps):
+def check_kills(forks, tmp_path, kills, steps, optimizer='adam'):
     seed = random.randrange(10**6)
     print(f'seed {seed}')
-    settings = small_run(tmp_path, steps=steps, checkpoint_every=1, ema=0.9, clip=1., schedule='cosine', warmup=3)
+    settings = small_run(tmp_path, steps=steps, checkpoint_every=1, ema=0.9, clip=1., schedule='cosine', warmup=3,
+                         optimizer=optimizer)
     p = start(forks, settings, tmp_path/'whole'); p.join()
     kill_and_go_on(forks, settings, tmp_path/'killed', kills, seed)
     assert_same_bits(tmp_path/'whole', tmp_path/'killed')
     assert not list((tmp_path/'killed/checkpoints').glob('*.partial')) and len(checkpoints(tmp_path/'killed')) == 2
 
 
-def test_killed_three_times_same_bits(forks, tmp_path): check_kills(forks, tmp_path, 3, 24)
+@pytest.mark.parametrize('optimizer', ['adam', 'muon'])
+def test_killed_three_times_same_bits(forks, tmp_path, optimizer): check_kills(forks, tmp_path, 3, 24, optimizer)
 
 
 @pytest.mark.slow
