@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['visible_gpus', 'claim_gpu', 'run_job', 'PresetProgress', 'spoken', 'follow', 'snakemake_command', 'Finished',
-           'finished_jobs', 'profile_folder', 'snakemake_options', 'end_all', 'drive', 'reproduce']
+           'finished_jobs', 'profile_folder', 'snakemake_options', 'send', 'end_all', 'drive', 'reproduce']
 
 # %% ../../nbs/reproduce/05_jobs.ipynb #2e5d043d
 import fcntl, os, shutil, signal, subprocess, sys, time
@@ -217,19 +217,24 @@ def snakemake_options(jobs:int, gpus:int, keep_going:bool, profile:str|None, wor
     return ['--directory', str(work), *options, *(['--keep-going'] if keep_going else [])]
 
 # %% ../../nbs/reproduce/05_jobs.ipynb #81c34dc2
+def send(process, number:int):
+    "A signal to a process that may have ended by itself"
+    import psutil
+    try: process.send_signal(number)
+    except psutil.NoSuchProcess: pass
+
 def end_all(
     process,              # from `subprocess.Popen`
     patience:float=10.,   # seconds: Ctrl+C in a terminal has reached the others already
 ):
-    "End a process and what it started, as Ctrl+C would, also where an interrupt is ignored: below a script's `&`"
+    "End a process and what it started, as Ctrl+C would, and more firmly what ignores that: all below a script's `&`"
     import psutil
     try: process.wait(patience)
     except subprocess.TimeoutExpired:
         below = psutil.Process(process.pid).children(recursive=True)
         process.terminate()                                          # Snakemake hears this and starts no further job
-        for p in [process, *below]:
-            try: p.send_signal(signal.SIGINT)
-            except psutil.NoSuchProcess: continue                              # it ended by itself
+        for p in [process, *below]: send(p, signal.SIGINT)
+        for p in psutil.wait_procs(below, patience)[1]: send(p, signal.SIGTERM)
         process.wait()
 
 # %% ../../nbs/reproduce/05_jobs.ipynb #28d2e567
