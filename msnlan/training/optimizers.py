@@ -31,7 +31,7 @@ def is_matrix(w:torch.Tensor)->bool: # at least 8 x 8
     return w.ndim > 1 and min(len(w), w[0].numel()) >= 8
 
 class Muon(torch.optim.Adam):
-    "Muon with Nesterov momentum for parameters that are matrices, Adam for the others; one learning rate"
+    "Muon (Jordan et al. 2024; steps as long as in Liu et al. 2025, section 2.2) for matrices, Adam for the rest"
     def __init__(self,
         params,                   # parameters
         lr:float,                 # learning rate
@@ -45,7 +45,7 @@ class Muon(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure=None):
         "One step of all parameters that have a gradient; Muon's lose it"
-        by_shape = {}
+        loss, by_shape = closure and torch.enable_grad()(closure)(), {}
         for p, g in [(p, g) for g in self.param_groups if g['momentum'] for p in g['params'] if p.grad is not None]:
             if not (state := self.state[p]): state.update(step=torch.zeros(()), average=torch.zeros_like(p))
             state['step'] += 1
@@ -56,7 +56,8 @@ class Muon(torch.optim.Adam):
         for shape, items in by_shape.items():
             steps = orthogonalize(torch.stack([m for *_, m in items]))*(.2*max(shape)**.5)
             for (p, lr, _), s in zip(items, steps): p.sub_(s.view(p.shape), alpha=lr)
-        return super().step(closure)
+        super().step()
+        return loss
 
 # %% ../../nbs/training/03_optimizers.ipynb #9e6e5b65
 def make_optimizer(params, cfg:TrainConfig)->torch.optim.Adam:
