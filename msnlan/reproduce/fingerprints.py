@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA', 'WEIGHTS', 'VARIANT', 'digest', 'bare', 'code_hash', 'notebook_source', 'imports', 'module_file', 'room_of',
            'read_module', 'closure', 'FileHashes', 'offline', 'data_hash', 'recipe_settings', 'used', 'weights_hashes',
-           'notebook_code', 'depends', 'fingerprints', 'differences']
+           'notebook_code', 'depends', 'fingerprints', 'some', 'differences']
 
 # %% ../../nbs/reproduce/03_fingerprints.ipynb #f33f0da7
 import ast, hashlib, json, os, re
@@ -231,12 +231,21 @@ def fingerprints(
     return out
 
 # %% ../../nbs/reproduce/03_fingerprints.ipynb #cc171cfe
+def some(
+    names:list,    # texts
+    what:str,      # the plural of what they name
+    few:int=3,     # as many are told at most
+)->list:           # texts
+    "Names for a person: many are cut, and their number told"
+    return names if len(names) <= few else [*names[:few - 1], f'{len(names) - few + 1} more {what}']
+
 def differences(
     old:dict,   # of `depends`, when it ran
     new:dict,   # now
 )->list:        # texts
     "What changed between two states"
     out, default = [], 'the default'
+    changed = lambda a, b: [n for n in {**a, **b} if a.get(n) != b.get(n)]
     both = lambda part: (old.get(part) or {}, new.get(part) or {})
     a, b = both('parameters')
     out += [f'{n}: {a.get(n, default)!r} -> {b.get(n, default)!r}' for n in {**a, **b}
@@ -244,7 +253,6 @@ def differences(
     if old.get('threads') != new.get('threads'): out.append(f"threads: {old.get('threads')} -> {new.get('threads')}")
     if old.get('notebook') != new.get('notebook'): out.append('the notebook changed')
     for part, word in (('modules', ''), ('data', 'data '), ('weights', 'weights ')):
-        a, b = both(part)
-        out += [f'{word}{n} changed' for n in {**a, **b} if a.get(n) != b.get(n)]
+        out += [f'{n} changed' for n in some([f'{word}{n}' for n in changed(*both(part))], part)]
     a, b = both('needs')
-    return out + [f'after {n}' for n in b if a.get(n) != b[n]]
+    return out + [f'after {n}' for n in some([n for n in b if a.get(n) != b[n]], 'runs')]
