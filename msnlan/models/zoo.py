@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'VARIANTS', 'WEIGHT_FILES', 'register', 'weights_folder', 'list_models', 'previews', 'resolve',
-           'create_model', 'shipped_file', 'weights_of', 'load_pretrained', 'match_config', 'save_weights', 'system_of',
-           'infer_config', 'load_weights', 'check_kind', 'safe_config', 'load_model']
+           'create_model', 'shipped_file', 'weights_of', 'load_pretrained', 'save_weights', 'system_of', 'infer_config',
+           'load_weights', 'check_kind', 'safe_config', 'load_model']
 
 # %% ../../nbs/models/08_zoo.ipynb #1f68abf8
 import inspect, json, re
@@ -85,7 +85,7 @@ def create_model(
     if unknown:
         raise ValueError(f"{name} does not know {', '.join(unknown)}; it accepts {', '.join(accepted)}")
     model = cls(**{**defaults, **config})
-    return load_pretrained(model, name, pretrained) if pretrained else model
+    return load_pretrained(model, name, pretrained, config) if pretrained else model
 
 # %% ../../nbs/models/08_zoo.ipynb #d0a50002
 def shipped_file(
@@ -125,23 +125,16 @@ def load_pretrained(
     model:Network,          # a fresh model
     name:str,               # its name in the zoo
     level:bool|float=True,  # noise sigma or JPEG quality; True: the only one there is
-)->Network:                 # the same, with weights
-    "Load the weights of `name` for the model's scale and task that come with the package"
+    given:dict|None=None,   # keywords of the caller
+)->Network:                 # another, as the weights were trained and with them
+    "The weights of `name` for the model's scale and task; `ValueError` where they were trained otherwise"
     path = shipped_file(name, model.scale, model.task, None if level is True else level)
-    return load_weights(match_config(model, path), path)
-
-# %% ../../nbs/models/08_zoo.ipynb #c949aef3
-def match_config(
-    model:Network, # a fresh model
-    path,          # a file of `save_weights`
-)->Network:        # the same model
-    "ValueError unless the model has the configuration that the file was saved with"
     config = read_state(path)[1]['config']
-    differ = [f'{k}={v!r}' for k,v in config.items() if model.config.get(k) != v]
+    differ = [f'{k}={config[k]!r}' for k in given or () if k in config and model.config[k] != config[k]]
     if differ:
-        raise ValueError(f"the weights in {Path(path).name} were trained with {', '.join(differ)}; "
+        raise ValueError(f"the weights in {path.name} were trained with {', '.join(differ)}; "
                          'leave these keywords as they are')
-    return model
+    return load_weights(type(model)(**{**(given or {}), **config}), path)
 
 # %% ../../nbs/models/08_zoo.ipynb #e7a9d018
 def save_weights(

@@ -58,10 +58,10 @@ def run(path:Path):
         c.execution_count, c.outputs = None, [t for o in c.outputs if (t := tidy(o)) is not None]
         for o in c.outputs:
             if 'execution_count' in o: o.execution_count = None
+    for useless in ('language_info', 'widgets'): nb.metadata.pop(useless, None)   # the second is state of widgets that are not kept
     if size(nb) > LIMIT: raise SystemExit(f'{path.name}: outputs of {size(nb):,} bytes; expected at most {LIMIT:,}: smaller pictures')
     words = [o.get('data', {}).get('text/plain', '') for c in nb.cells for o in c.get('outputs', [])]
     if any(w.startswith('<Figure') for w in words): raise SystemExit(f'{path.name}: a figure was kept in words, not as a picture')
-    for useless in ('language_info', 'widgets'): nb.metadata.pop(useless, None)   # the second is state of widgets that are not kept
     nb.metadata['msnlan'] = dict(outputs=code_hash(nb))
     nbformat.write(nb, path)
 

@@ -1,0 +1,34 @@
+"""The guide's picture of the explorer: `python nbs/_book/explorer.py` saves a view of its page, in headless Chromium, as nbs/images/explorer.png."""
+import shutil, subprocess, sys, tempfile
+from pathlib import Path
+
+import nbformat
+from playwright.sync_api import sync_playwright
+
+CROSS = dict(model='csnln-tiny-x2', layer='cell.stages.0.project, recurrence 2', branch='3x3 cross-scale')
+VIEW = f"Explorer('astronaut', model='msnlan-tiny-x2', against={CROSS}, point=(50, 11))"
+PORT = 8867
+
+
+def draw(path):
+    "Two trained networks, one query; saved by the page's own button"
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f'from msnlan.correlation.explorer import Explorer\n{VIEW}')])
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
+        nbformat.write(nb, f'{folder}/view.ipynb')
+        server = subprocess.Popen([sys.executable, '-m', 'voila', 'view.ipynb', '--no-browser', f'--port={PORT}'], cwd=folder)
+        try:
+            browser = play.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
+            page = browser.new_page(viewport=dict(width=1200, height=1000))
+            for _ in range(60):
+                try: page.goto(f'http://localhost:{PORT}'); break
+                except Exception: page.wait_for_timeout(1000)
+            button = page.get_by_label('Save this view as PNG')
+            button.wait_for(timeout=150_000)
+            page.wait_for_timeout(5000)                                      # both maps are drawn
+            with page.expect_download() as download: button.click()
+            download.value.save_as(path)
+            browser.close()
+        finally: server.terminate()
+
+
+if __name__ == '__main__': draw(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1]/'images/explorer.png')
