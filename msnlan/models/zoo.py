@@ -122,19 +122,20 @@ def weights_of(
 
 # %% ../../nbs/models/08_zoo.ipynb #c8dbecde
 def load_pretrained(
-    model:Network,          # a fresh model
-    name:str,               # its name in the zoo
-    level:bool|float=True,  # noise sigma or JPEG quality; True: the only one there is
-    given:dict|None=None,   # keywords of the caller
-)->Network:                 # another, as the weights were trained and with them
-    "The weights of `name` for the model's scale and task; `ValueError` where they were trained otherwise"
+    model:Network,     # fresh, for its scale and task
+    name:str,          # its name in the zoo
+    level:bool|float,  # noise sigma or JPEG quality; True: the only one there is
+    given:dict,        # keywords of the caller
+)->Network:            # another, with the weights and as they were trained
+    "The weights of `name` that come with the package; `ValueError` where they were trained otherwise than `given`"
     path = shipped_file(name, model.scale, model.task, None if level is True else level)
-    config = read_state(path)[1]['config']
-    differ = [f'{k}={config[k]!r}' for k in given or () if k in config and model.config[k] != config[k]]
+    net = type(model)(**read_state(path)[1]['config'])
+    differ = [f'{k}={net.config[k]!r}' if k in net.config else f'the default {k}'
+              for k in given if model.config.get(k) != net.config.get(k)]
     if differ:
         raise ValueError(f"the weights in {path.name} were trained with {', '.join(differ)}; "
                          'leave these keywords as they are')
-    return load_weights(type(model)(**{**(given or {}), **config}), path)
+    return load_weights(net, path)
 
 # %% ../../nbs/models/08_zoo.ipynb #e7a9d018
 def save_weights(

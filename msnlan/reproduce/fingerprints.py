@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA', 'WEIGHTS', 'VARIANT', 'digest', 'bare', 'code_hash', 'notebook_source', 'imports', 'module_file', 'room_of',
            'read_module', 'closure', 'FileHashes', 'offline', 'data_hash', 'recipe_settings', 'used', 'weights_hashes',
-           'notebook_code', 'depends', 'fingerprints', 'some', 'differences']
+           'notebook_code', 'depends', 'fingerprints', 'shortened', 'differences']
 
 # %% ../../nbs/reproduce/03_fingerprints.ipynb #f33f0da7
 import ast, hashlib, json, os, re
@@ -231,7 +231,7 @@ def fingerprints(
     return out
 
 # %% ../../nbs/reproduce/03_fingerprints.ipynb #cc171cfe
-def some(
+def shortened(
     names:list,    # texts
     what:str,      # the plural of what they name
     few:int=3,     # as many are told at most
@@ -253,6 +253,6 @@ def differences(
     if old.get('threads') != new.get('threads'): out.append(f"threads: {old.get('threads')} -> {new.get('threads')}")
     if old.get('notebook') != new.get('notebook'): out.append('the notebook changed')
     for part, word in (('modules', ''), ('data', 'data '), ('weights', 'weights ')):
-        out += [f'{n} changed' for n in some([f'{word}{n}' for n in changed(*both(part))], part)]
+        out += [f'{n} changed' for n in shortened([f'{word}{n}' for n in changed(*both(part))], part)]
     a, b = both('needs')
-    return out + [f'after {n}' for n in some([n for n in b if a.get(n) != b[n]], 'runs')]
+    return out + [f'after {n}' for n in shortened([n for n in b if a.get(n) != b[n]], 'runs')]

@@ -3,7 +3,7 @@ import shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 import nbformat
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Error, sync_playwright
 
 CROSS = dict(model='csnln-tiny-x2', layer='cell.stages.0.project, recurrence 2', branch='3x3 cross-scale')
 VIEW = f"Explorer('astronaut', model='msnlan-tiny-x2', against={CROSS}, point=(50, 11))"
@@ -12,23 +12,21 @@ PORT = 8867
 
 def draw(path):
     "Two trained networks, one query; saved by the page's own button"
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser')
+    if chromium is None: sys.exit('needs Chromium: make browser')
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f'from msnlan.correlation.explorer import Explorer\n{VIEW}')])
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as play:
         nbformat.write(nb, f'{folder}/view.ipynb')
         server = subprocess.Popen([sys.executable, '-m', 'voila', 'view.ipynb', '--no-browser', f'--port={PORT}'], cwd=folder)
         try:
-            browser = play.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
-            page = browser.new_page(viewport=dict(width=1200, height=1000))
-            for _ in range(60):
+            page = play.chromium.launch(executable_path=chromium, args=['--no-sandbox']).new_page()
+            for _ in range(60):                                              # until the server answers
                 try: page.goto(f'http://localhost:{PORT}'); break
-                except Exception: page.wait_for_timeout(1000)
-            button = page.get_by_label('Save this view as PNG')
-            button.wait_for(timeout=150_000)
-            page.wait_for_timeout(5000)                                      # both maps are drawn
-            with page.expect_download() as download: button.click()
+                except Error: page.wait_for_timeout(1000)
+            page.wait_for_selector('.msnlan-explorer[data-count]', timeout=150_000)   # both maps are drawn
+            with page.expect_download() as download: page.get_by_label('Save this view as PNG', exact=True).click()
             download.value.save_as(path)
-            browser.close()
-        finally: server.terminate()
+        finally: server.terminate(); server.wait()
 
 
 if __name__ == '__main__': draw(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parents[1]/'images/explorer.png')
