@@ -1,17 +1,20 @@
 """The networks that come with the package: what they were trained on, what they score, what their files say."""
 import json
-import pytest
+import pandas as pd, pytest
+from conftest import ROOT
 from msnlan.data.registry import registry
 from msnlan.data.sets import lookalikes
 from msnlan.evaluation.scores import evaluate
 from msnlan.models.cards import kept_scores
 from msnlan.models.zoo import list_models, load_model, weights_folder
+from msnlan.reproduce.trail import read_cell, trail
 from msnlan.training.checkpointing import spent, weights_record
 
 NAMES = list_models(pretrained=True)
 TRAINED = sorted({d for n in NAMES for d in weights_record(weights_folder()/f'{n}.safetensors')['recipe']['data']})
 SCORED = ['Set5', 'Set14', 'B100', 'Urban100', 'CBSD68', 'McMaster18', 'Classic5']
 QUICK = 'Set5', 'Classic5'
+PAGE = ROOT/'reports/shipped/tables'
 
 
 def test_no_scored_picture_was_trained_on():
@@ -48,3 +51,16 @@ def test_scored_anew_they_give_their_cards_digits(name, data_root, request):
         options = dict(scale=net.scale) if net.task == 'sr' else dict(task=net.task, setting=weights_record(path)['recipe']['level'] or None)
         now = evaluate(net, card['dataset'], **options, tile='chop', data_root=data_root, progress=False)
         assert (round(now.psnr.mean(), 2), round(now.ssim.mean(), 4)) == (round(card['psnr'], 2), round(card['ssim'], 4)), card['dataset']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('table', sorted(p.stem for p in PAGE.glob('*.csv')))
+def test_numbers_of_the_page_lead_back_to_their_runs(table, data_root, monkeypatch):
+    "First and last measured cell of each table: all that was hashed then is that file today. Otherwise: msnlan reproduce shipped"
+    monkeypatch.setenv('MSNLAN_DATA', str(data_root))
+    rows = len(pd.read_csv(PAGE/f'{table}.csv'))
+    measured = [i for i in range(rows) if read_cell(f'{PAGE}/{table}.csv[{i + 1},1]')['runs']]
+    assert measured
+    for i in (measured[0], measured[-1]):
+        lines, wrong = trail(f'{PAGE}/{table}.csv[{i + 1},1]')
+        assert not wrong and lines[-1] == 'every hash is that of the file'
