@@ -10,7 +10,7 @@ __all__ = ['SAYINGS', 'GALLERIES', 'read_runs', 'read_failures', 'page_of', 'to_
 import json, re, shutil
 from pathlib import Path
 
-from ..basics import package_folder, project_folder, replace_folder, write_bytes, write_json
+from ..basics import file_hash, package_folder, project_folder, replace_folder, write_bytes, write_json
 from .provenance import duration, environment, now
 
 # %% ../../nbs/reproduce/06_report.ipynb #8ec6baff
@@ -59,15 +59,23 @@ def collect(
     runs:list,     # as `read_runs` gives
     committed:bool=False,
 ):
-    "Copy every run's tables to `tables/` and its figures to `figures/<run>-...`, replacing what was there"
+    """Copy every run's tables to `tables/` and its figures to `figures/<run>-...`, replacing what was there.
+
+    A committed run's folder has neither: what the report has of it stays, as long as it is what the run left."""
     for kind in ('tables', 'figures'):
         fresh = folder/f'.{kind}.partial'
         shutil.rmtree(fresh, ignore_errors=True); fresh.mkdir(parents=True)
         for run in runs:
-            for p in sorted((folder/'runs'/run['name']/kind).glob('*')):
-                to = fresh/(p.name if kind == 'tables' else f"{run['name']}-{p.name}")
-                if p.suffix == '.html': to.write_text(to_pages(p.read_text(), '../', committed))
-                else: shutil.copyfile(p, to)
+            own = folder/'runs'/run['name']/kind
+            outputs = run['provenance'].get('outputs', {})
+            left = {n.partition('/')[2]: then for n, then in outputs.items() if n.startswith(f'{kind}/')}
+            for name in sorted({*left, *(p.name for p in own.glob('*'))}):
+                to = fresh/(name if kind == 'tables' else f"{run['name']}-{name}")
+                p, kept = own/name, folder/kind/to.name
+                if p.is_file() and p.suffix == '.html': to.write_text(to_pages(p.read_text(), '../', committed))
+                elif p.is_file(): shutil.copyfile(p, to)
+                elif committed and kept.is_file() and (to.suffix == '.html' or file_hash(kept) == left[name]):
+                    shutil.copyfile(kept, to)
         replace_folder(fresh, folder/kind)
 
 # %% ../../nbs/reproduce/06_report.ipynb #8b196090

@@ -71,11 +71,11 @@ def read_cell(text:str)->dict:   # 'path', 'row', 'column' (names), 'value', 'ru
 ABSENT = 'absent'                              # a file that a committed report leaves out
 LEFT_OUT = '.ipynb', '.png', '.svg', '.txt', '.html'    # what the repository does not keep of a run
 
-def repository_weights()->set:
-    "Hashes of the weights files in the repository"
+def repository_weights()->dict:   # hash -> path
+    "The weights files in the repository: shipped ones and those of kept runs"
     shipped = Path(find_spec('msnlan').origin).parent/'weights'
     kept = project_root().glob('reports/*/kept/*.safetensors')
-    return {file_hash(p) for p in [*shipped.glob('*.safetensors'), *kept]}
+    return {file_hash(p): p for p in [*shipped.glob('*.safetensors'), *kept]}
 
 def check_outputs(run:Path, record:dict, committed:bool=False):
     "Yield (what, hash then, hash now) for every file that a run left; `ABSENT` for what a committed report leaves out"
