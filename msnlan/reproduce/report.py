@@ -139,9 +139,10 @@ def _of_arms(t):
     for name, part in t.groupby('set', sort=False):
         rows = part[part[against] != '']
         seen, least = rows[_beyond_zero(rows['95 % interval'])], _numbers(rows['smallest visible'])
+        low, high = (f'{x:.2f}' for x in (least.min(), least.max()))
         yield (f'{name}: ' + (f'{_names(seen.arm)} differ{"s" * (len(seen) == 1)} visibly from {base}'
                               if len(seen) else f'no arm differs visibly from {base}')
-               + f'; from {least.min():.2f} to {least.max():.2f} dB could have been seen.')
+               + f'; {high if low == high else f"from {low} to {high}"} dB could have been seen.')
 
 def _of_losses(t):
     for name, part in t.groupby('set', sort=False):
