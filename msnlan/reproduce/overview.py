@@ -13,7 +13,7 @@ import yaml
 
 from ..basics import project_folder, write_bytes
 from .presets import list_presets, load_preset, preset_path
-from .report import fill_page, findings
+from .report import fill_page, findings, machines
 
 # %% ../../nbs/reproduce/08_overview.ipynb #0cdb40a4
 def first_sentence(about:str)->str:
@@ -31,9 +31,9 @@ def standing(
                page='', done=0, runs=len(p['jobs']), found=[], time='', commit='', machine='')
     if not (p['committed'] and record.is_file()): return out
     r = json.loads(record.read_text())
-    env = r['environment']
     return out | dict(page=f"{p['folder']}/index.html", found=findings(record.parent), done=len(r['runs']),
-                      time=r['time'][:10], commit=(env['git']['commit'] or '')[:10], machine=env['cpu'])
+                      time=r['time'][:10], commit=(r['environment']['git']['commit'] or '')[:10],
+                      machine=machines(r['runs'].values()))
 
 # %% ../../nbs/reproduce/08_overview.ipynb #84781702
 def claim_rows(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAYINGS', 'GALLERIES', 'read_runs', 'read_failures', 'page_of', 'to_pages', 'collect', 'fill_page', 'notebook_page',
-           'write_pages', 'findings', 'galleries', 'shown_table', 'describe', 'machine', 'commands', 'write_report']
+           'write_pages', 'findings', 'galleries', 'shown_table', 'describe', 'machine', 'machines', 'commands',
+           'write_report']
 
 # %% ../../nbs/reproduce/06_report.ipynb #10eb1ce3
 import json, re, shutil
@@ -240,6 +241,11 @@ def machine(env:dict)->list:   # (name, value)
             ('GPUs', ', '.join(env['gpus']) or 'none'), ('python', env['python']), ('msnlan', env['msnlan'])]
     return rows
 
+def machines(records)->str:   # provenance of each run
+    "Processors and GPUs on which runs were made"
+    where = [r['environment'] for r in records]
+    return ', '.join(dict.fromkeys(name for env in where for name in (env['cpu'], *env['gpus']))) or 'no machine'
+
 # %% ../../nbs/reproduce/06_report.ipynb #080f6f5e
 def commands(
     preset:dict,     # as `load_preset` gives
@@ -275,6 +281,6 @@ def write_report(
     page = fill_page(
         'report', title=preset['title'], about=preset['about'], time=now(), env=env, preset=preset['name'],
         failures=failures, waiting=waiting, total=len(names), committed=committed, found=findings(folder),
-        spent=f'{minutes:.1f} min', machine=machine(env),
+        spent=f'{minutes:.1f} min', machines=machines(r['provenance'] for r in runs), machine=machine(env),
         commands=commands(preset, env, next((t['name'] for t in shown['tables']), '')), **shown)
     return write_bytes(folder/'index.html', page.encode())
