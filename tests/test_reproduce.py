@@ -246,3 +246,15 @@ def test_a_study_from_its_trainings_to_its_arms(project):
     import pandas as pd
     arms = pd.read_csv(project/'reports/study/tables/arms.csv')
     assert sorted(arms.arm) == ['none', 'pixel'] and arms.seeds.tolist() == [2, 2] and arms.pictures.tolist() == [2, 2]
+
+
+def test_times_of_files_mean_nothing(project, small):
+    "`git clone` writes them in any order: what has its done file is not run again"
+    _, folder = small
+    os.utime(next(folder.glob('runs/tables/done-*')), (1, 1))
+    before = stamps(folder)
+    more = SMALL['jobs'] | dict(more=dict(notebook='evaluate', parameters=dict(models=['bicubic'], datasets=['{data}'], scales=[3], crops=0)))
+    run = msnlan(project, 'reproduce', write_preset(project, SMALL | dict(jobs=more), 'small'))
+    assert run.returncode == 0 and run.stderr.count(' ...') == 1, run.stdout + run.stderr
+    after = stamps(folder)
+    assert after.pop('more') and after == before

@@ -105,13 +105,13 @@ class PresetProgress:
         self.steps, self.folder, self.jobs, self.start = steps, folder, jobs, time.time()
         self.before = {n: duration(read_json(s.folder/'provenance.json')) for n, s in steps.items()}
         self.known = {n for n, s in steps.items() if s.done}
-        self.took = {}
+        self.took, self.running = {}, {}
 
     def look(self)->tuple:   # (names that got done, names that began) since the last look
         "Read the folder"
         running = {p.name: read_json(p).get('start', time.time())
                    for p in (self.folder/'.running').glob('*') if p.is_file()}
-        began = [n for n in running if n not in getattr(self, 'running', {}) and n in self.steps]
+        began = [n for n in running if n in self.left]
         done = [n for n, s in self.steps.items() if n not in self.known and s.done]
         for n in done: self.took[n] = duration(read_json(self.steps[n].folder/'provenance.json'))
         self.known |= set(done)
