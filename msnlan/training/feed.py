@@ -50,7 +50,7 @@ def training_set(
     from_disk = None if cfg.cache == 'memory' else cache_folder() if cfg.cache == 'disk' else Path(cfg.cache)
     return PatchDataset(list_sets(cfg.data, cfg), net.scale, patch=cfg.patch, length=cfg.steps*cfg.batch,
                         seed=cfg.seed, degradation=None if net.task == 'sr' else degradation_of(net, cfg),
-                        grey=net.n_colors == 1, mapped=from_disk,
+                        tint=cfg.tint, grey=net.n_colors == 1, mapped=from_disk,
                         cache=None if from_disk else lr_cache())
 
 # %% ../../nbs/training/02_feed.ipynb #c17f23e0

@@ -51,6 +51,7 @@ class TrainConfig:
     init:str|None=None              # weights to start from; another scale's tail starts fresh
     init_zero:list=field(default_factory=list)     # parameters that then start at 0: the last layer of a new block
     level:float=0.                  # noise sigma (denoise) or JPEG quality (dejpeg)
+    tint:float=0.                   # share of patches in colours that photographs seldom have, see `data.patches`
     hr_patch:int=0                  # side of an HR patch; where given, `patch` is `hr_patch // scale`
     cache:str='memory'              # decoded pictures: 'memory' | 'disk' (mapped, user cache) | a folder
     trackers:list=field(default_factory=lambda: ['tensorboard'])  # Accelerate's names; none if not installed
@@ -70,6 +71,7 @@ def check_config(cfg:TrainConfig, world:int=1):
     for name in ('warmup', 'cooldown', 'workers', 'clip', 'lr_final', 'hr_patch', 'level'):
         value = getattr(cfg, name)
         if value < 0: raise ValueError(f'{name}: expected a number from 0, found {value!r}')
+    if not 0 <= cfg.tint <= 1: raise ValueError(f'tint: expected a share from 0 to 1, found {cfg.tint!r}')
     if not 0 <= cfg.ema < 1: raise ValueError(f'ema: expected a decay from 0 to below 1, found {cfg.ema!r}')
     if cfg.lr <= 0: raise ValueError(f'lr: expected a number above 0, found {cfg.lr!r}')
     if cfg.batch % (world*cfg.accumulate):
