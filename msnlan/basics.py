@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRAVELS', 'file_hash', 'write_bytes', 'write_json', 'replace_folder', 'as_type', 'reset_peak', 'peak_memory',
-           'free_memory', 'face', 'package_folder', 'clone_around', 'clone_of_package', 'project_folder', 'git_state',
-           'cpu_name', 'gpu_names', 'user_cache', 'device_name', 'markdown_table', 'terminable']
+           'free_memory', 'face', 'package_folder', 'clone_around', 'clone_of_package', 'project_folder',
+           'repository_weights', 'git_state', 'cpu_name', 'gpu_names', 'user_cache', 'device_name', 'markdown_table',
+           'terminable']
 
 # %% ../nbs/00_basics.ipynb #145f5119
 import hashlib, importlib, json, os, platform, re, shutil, signal, subprocess, sys, threading
@@ -136,6 +137,11 @@ def project_folder(
     "A folder of the clone around the current folder, else of the package's clone, else as installed with the package"
     root = clone_around(Path.cwd()) or clone_of_package()
     return root/TRAVELS[name] if root else package_folder()/name
+
+def repository_weights()->list:   # of paths
+    "Weights files that come with the project: those of the package, then those of kept trainings"
+    folders = package_folder()/'weights', project_folder('kept')
+    return [p for d in folders for p in sorted(d.glob('*.safetensors'))]
 
 # %% ../nbs/00_basics.ipynb #e454495d
 def git_state(root:Path|None)->dict:   # 'commit', 'dirty', 'diff' (a hash of the uncommitted changes)

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
-from ..basics import file_hash, package_folder, project_folder, write_json
+from ..basics import file_hash, package_folder, repository_weights, write_json
 from .presets import Job
 from .runs import notebook_parameters, notebook_path, project_root
 
@@ -190,10 +190,10 @@ def weights_hashes(
     "Weights that a job reads, except those that come from the jobs before it"
     parameters, out = notebook_parameters(notebook_path(job.notebook)), {}
     builds = 'model_config' in parameters       # makes its network from a recipe: `model` is no file then
-    known = [p for d in (package_folder()/'weights', project_folder('kept')) for p in sorted(d.glob('*.safetensors'))]
     for name in used(job, tuple(n for n in WEIGHTS if not (builds and n == 'model'))):
         if any(name.startswith(f'../{need}/') for need in job.needs): continue
-        files = [p for p in known if p.stem.startswith(name) and re.fullmatch(VARIANT, p.stem.removeprefix(name))]
+        files = [p for p in repository_weights()
+                 if p.stem.startswith(name) and re.fullmatch(VARIANT, p.stem.removeprefix(name))]
         path = Path(name.removeprefix('spandrel:'))
         if path.suffix in ('.safetensors', '.pt', '.pth'): files = [path]
         out |= {f.name: hashes(f) if f.is_file() else None for f in files}

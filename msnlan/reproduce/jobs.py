@@ -18,7 +18,7 @@ from .plan import check_step, chosen, fetch_sets, plan_of, read_json, read_plan,
 from .presets import load_preset
 from .provenance import RunError, duration, now, only_one, run_notebook
 from .runs import project_root
-from .trail import repository_weights
+from .trail import weights_by_hash
 
 # %% ../../nbs/reproduce/05_jobs.ipynb #28d11376
 def visible_gpus()->list:   # of identifiers, as in CUDA_VISIBLE_DEVICES
@@ -62,7 +62,7 @@ def bring_weights(
         for name, then in read_json(run/'provenance.json').get('outputs', {}).items():
             absent = name.endswith('.safetensors') and not (run/name).is_file()
             if not absent or f'../{run.name}/{name}' not in json.dumps(parameters): continue
-            if not (path := repository_weights().get(then)):
+            if not (path := weights_by_hash().get(then)):
                 raise RunError(f'{run.name}: its {name} is neither there nor in the repository; make the run again: '
                                f'remove {run}, then the same command')
             write_bytes(run/name, path.read_bytes())
