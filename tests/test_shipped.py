@@ -46,11 +46,9 @@ def test_files_say_what_they_had_cost(name):
 
 
 OVERSHOOT = .5   # of an output in [0, 1]; sharp edges take up to .3
-UNSTABLE = {n: pytest.mark.xfail(strict=True, raises=AssertionError, reason='diverges on pure blue, which training pictures seldom have')
-            for n in ('panet-tiny-denoise-30', 'panet-tiny-demosaic')}
 
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=UNSTABLE.get(n, [])) for n in NAMES])
+@pytest.mark.parametrize('name', NAMES)
 def test_colours_that_training_seldom_has(name):
     "Photographs in one colour alone, as lamps and flowers are: the output stays near [0, 1]"
     net, level = load_model(name).eval(), weights_record(weights_folder()/f'{name}.safetensors')['recipe']['level'] or None
