@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OVERLAP', 'WHOLE', 'SIDE', 'free_on', 'pixel_cost', 'spans', 'tile_sides', 'fades', 'choose_tile', 'run_part',
-           'quantise', 'blended', 'check_room', 'sensed', 'enlarge', 'alpha_times', 'through', 'Task', 'find_pictures',
-           'walk', 'with_targets', 'convert', 'one_line', 'convert_all']
+           'quantise', 'blended', 'check_room', 'enlarge', 'alpha_times', 'through', 'Task', 'find_pictures', 'walk',
+           'with_targets', 'convert', 'one_line', 'convert_all']
 
 # %% ../nbs/08_batch.ipynb #de8e6934
 import glob, os, re, sys
@@ -19,7 +19,7 @@ import torch
 
 from . import basics
 from .data.registry import SUFFIXES
-from .degradations import bayer_masks
+from .degradations import sensed
 from .images import imresize
 from .inference import TO_YCC, chop_tiles, enhance, in_tiles
 from .photos import Photo, encode, format_of, read_photo, to_bits, write_photo
@@ -159,17 +159,6 @@ def check_room(
         raise MemoryError(f'{width*scale} x {height*scale} pixels need about {need/2**30:.1f} GB, '
                           f'found {room/2**30:.1f} GB; cut the picture')
 
-# %% ../nbs/08_batch.ipynb #01861663
-def sensed(photo:Photo)->Photo:   # colour, 0 where the sensor saw nothing
-    "A Bayer mosaic (RGGB), grey or with zeros, as a network takes it; `ValueError` for a picture that is none"
-    img = photo.pixels
-    seen = bayer_masks(*img.shape[:2])
-    if img.ndim == 2: return replace(photo, pixels=img[..., None]*seen, profile=None)   # no grey profile
-    if (img*~seen).any():
-        raise ValueError('expected a Bayer mosaic (RGGB): grey, or colour with 0 where the sensor saw nothing; '
-                         f'found a picture in full colour of {img.shape[1]} x {img.shape[0]} pixels')
-    return photo
-
 # %% ../nbs/08_batch.ipynb #e9edd012
 def enlarge(
     photo:Photo,
@@ -180,7 +169,8 @@ def enlarge(
     tell=lambda part: None, # hears the share of the work that is done
 )->Photo:                   # alpha scaled apart, by bicubic interpolation
     "A picture through networks"
-    if getattr(nets[0], 'task', 'sr') == 'demosaic': photo = sensed(photo)
+    if getattr(nets[0], 'task', 'sr') == 'demosaic':                             # a profile of grey is none of colour
+        photo = replace(photo, pixels=sensed(photo.pixels), profile=photo.profile if photo.pixels.ndim == 3 else None)
     img, dtype, s = photo.pixels, photo.pixels.dtype, int(np.prod([n.scale for n in nets]))
     check_room(*img.shape[:2], s, 4 if photo.alpha is not None else 3, img.itemsize, jobs)
     for i, net in enumerate(nets):

@@ -225,12 +225,13 @@ def recipe_of(cfg:TrainConfig)->dict:
     return kept | dict(init=Path(cfg.init).name if cfg.init else None)      # which file that was, its hash says
 
 def about_run(t:Trainer)->dict:   # JSON-able, for the metadata of a weights file
-    "One record of a run: recipe, data, patches seen, curves, code and machines, where its first weights are from"
+    "One record of a run: recipe, data, patches seen, curves, code, machines, fingerprint, where its first weights are from"
     p = t.progress
     every = max(1, len(p.curve)//200)
     record = dict(name=t.cfg.model, recipe=recipe_of(t.cfg), pictures=len(t.train_set.pairs), steps=p.step,
                   patches=p.step*t.cfg.batch, seconds=round(p.seconds), sessions=p.sessions,
                   validation=p.validation, loss=p.curve[::every])
+    if (mark := t.out/'fingerprint').is_file(): record['fingerprint'] = mark.read_text()     # the run's, of a preset
     if t.cfg.init: record['init'] = dict(sha256=file_hash(t.cfg.init), training=weights_record(t.cfg.init))
     return dict(training=record)
 
