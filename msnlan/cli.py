@@ -423,7 +423,7 @@ def restore(
 ):
     """Denoise, demosaic or clean pictures of JPEG's marks.
 
-    Example: msnlan restore noisy.png -o clean.png --task denoise
+    Example: msnlan restore noisy.png -o clean.png --task denoise --level 30
     """
     net, label = restorer(model, task, level)
     apply_network([net], pictures, out, f'{net.task} by {label}', device, tile=tile, self_ensemble=self_ensemble,

@@ -3,12 +3,13 @@ import itertools, json
 import numpy as np, pandas as pd, pytest, torch
 from conftest import ROOT
 from skimage import data
+from msnlan.basics import file_hash
 from msnlan.data.registry import registry
 from msnlan.data.sets import lookalikes
 from msnlan.degradations import degrade
 from msnlan.evaluation.scores import evaluate
 from msnlan.inference import to_tensor
-from msnlan.models.cards import kept_scores
+from msnlan.models.cards import kept_card, kept_scores
 from msnlan.models.zoo import list_models, load_model, weights_folder
 from msnlan.reproduce.trail import read_cell, trail
 from msnlan.training.checkpointing import spent, weights_record
@@ -43,6 +44,10 @@ def test_files_say_what_they_had_cost(name):
     assert all(len(s['commit']) == 40 for s in record['sessions'])
     scores = kept_scores(path)
     assert scores and all(s['psnr'] > s['bicubic_psnr'] for s in scores), 'better than doing nothing on every set'
+    run = kept_card(path)['run']
+    folder = ROOT/f"reports/{run['preset']}/runs/{run['job']}"
+    assert (folder/f"done-{run['fingerprint']}").is_file(), 'the card names the run that left the file'
+    assert json.loads((folder/'result.json').read_text())['weights'] == file_hash(path)
 
 
 OVERSHOOT = .5   # of an output in [0, 1]; sharp edges take up to .3

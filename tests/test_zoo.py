@@ -11,7 +11,7 @@ from conftest import ROOT
 from msnlan.data.patches import PatchDataset, Picture
 from msnlan.degradations import degrade
 from msnlan.inference import predict
-from msnlan.models.cards import kept_scores, model_card
+from msnlan.models.cards import kept_card, model_card
 from msnlan.models.checkpoints import read_state, to_authors
 from msnlan.models.zoo import SYSTEMS, create_model, infer_config, list_models, load_model, load_weights, save_weights, weights_folder
 
@@ -158,7 +158,7 @@ def test_authors_weights_as_safetensors(tmp_path):
 @pytest.mark.parametrize('stem', list_models(pretrained=True))
 def test_cards_are_made_from_the_weights(stem):
     path = weights_folder()/f'{stem}.safetensors'
-    assert model_card(path, kept_scores(path)) == path.with_suffix('.md').read_text(), 'msnlan models card writes it'
+    assert model_card(path, kept_card(path)) == path.with_suffix('.md').read_text(), 'msnlan models card writes it'
 
 
 def damaged(kind, state, path):

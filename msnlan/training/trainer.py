@@ -225,7 +225,7 @@ def recipe_of(cfg:TrainConfig)->dict:
     return kept | dict(init=Path(cfg.init).name if cfg.init else None)      # which file that was, its hash says
 
 def about_run(t:Trainer)->dict:   # JSON-able, for the metadata of a weights file
-    "One record of a run: recipe, data, patches seen, curves, code, machines, fingerprint, where its first weights are from"
+    "One record of a run: recipe, data, patches seen, curves, code, machines, where its first weights are from"
     p = t.progress
     every = max(1, len(p.curve)//200)
     record = dict(name=t.cfg.model, recipe=recipe_of(t.cfg), pictures=len(t.train_set.pairs), steps=p.step,
