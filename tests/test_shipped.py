@@ -65,7 +65,7 @@ def test_colours_that_training_seldom_has(name):
         assert -OVERSHOOT < out.min() and out.max() < 1 + OVERSHOOT, f'{colour}: from {out.min():.2f} to {out.max():.2f}'
 
 
-LONG = 'Urban100', 'B100', 'CBSD68'   # minutes each: their first three pictures are scored anew
+LONG = 'B100', 'CBSD68'   # minutes each: their first three pictures are scored anew
 
 def scored_pictures(path, card)->pd.DataFrame:
     "A row a picture: what the committed run wrote of the file on the card's set"
