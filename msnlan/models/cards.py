@@ -106,9 +106,10 @@ RUN = 'Left by the run `{fingerprint}`: job `{job}` of preset `{preset}`.'
 # %% ../../nbs/models/09_cards.ipynb #fbe06683
 CURVES = 'loss', 'validation'   # lists of [step, value, ...]: whole in the file's metadata
 
-def told(settings:dict)->str:
-    "Settings in a line: `commit 3b8a708c, step 0`"
-    return ', '.join(f'{k} {v}' for k, v in settings.items())
+def told(value)->str:
+    "A setting as text; of a dict `(commit 3b8a708c, step 0)`"
+    if isinstance(value, dict): return f"({', '.join(f'{k} {v}' for k, v in value.items())})"
+    return ', '.join(map(told, value)) if isinstance(value, list) else str(value)
 
 def setting_rows(
     settings:dict,   # names and JSON-able values, dicts among them
@@ -118,9 +119,9 @@ def setting_rows(
     rows = []
     for k, v in sorted(settings.items()):
         if isinstance(v, dict): rows += setting_rows(v, f'{under}{k}.')
-        elif k in CURVES and v and isinstance(v[0], list): rows.append([f'{under}{k}', f'{len(v)} points, the last {v[-1][1]:.6g}'])
-        elif isinstance(v, list): rows.append([f'{under}{k}', ', '.join(f'({told(x)})' if isinstance(x, dict) else str(x) for x in v)])
-        else: rows.append([f'{under}{k}', v])
+        elif k in CURVES and v and isinstance(v[0], list):
+            rows.append([f'{under}{k}', f'{len(v)} points, the last {v[-1][1]:.6g}'])
+        else: rows.append([f'{under}{k}', told(v)])
     return rows
 
 # %% ../../nbs/models/09_cards.ipynb #7d1c02ab
