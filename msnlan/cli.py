@@ -281,8 +281,9 @@ def models(context:typer.Context):
     import torch
     from msnlan.models.cards import shipped_rows
     from msnlan.models.zoo import create_model, list_models, resolve
+    rows = shipped_rows()
     typer.echo(f"{'weights':22} {'task':9} {'scale':>5} {'parameters':>12}  PSNR, dB")
-    for row in shipped_rows():
+    for row in rows:
         scores = ', '.join(f"{s['dataset']} {s['psnr']:.2f} ({s['bicubic_psnr']:.2f})" for s in row['scores'])
         what = f"{row['name']:22} {row['task']:9} {row['scale']:>5} {row['parameters']:>12,}"
         typer.echo(f"{what}  {scores or 'not measured'}")
