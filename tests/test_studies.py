@@ -2,13 +2,14 @@
 import json
 import numpy as np, pandas as pd, pytest
 from conftest import ROOT
-from msnlan.basics import project_folder
+from msnlan.basics import file_hash, project_folder
 from msnlan.evaluation.claims import judge, read_claims
 from msnlan.evaluation.studies import arm_table, printed_arms, printed_verdicts
 from msnlan.reproduce.overview import MORE, write_overview
 from msnlan.reproduce.provenance import run_notebook
 
 CLAIMS = project_folder('experiments')/'claims.yaml'
+REPORTS = sorted({p.parent.parent.parent for p in (ROOT/'reports').glob('**/runs/*/done-*')})
 STUDIES = sorted(p.parent.parent for p in (ROOT/'reports/studies').glob('*/tables/arms.csv'))
 
 
@@ -51,6 +52,17 @@ def test_verdicts_of_runs_made_by_hand(tmp_path):
 def test_committed_verdicts_follow_from_their_scores(folder):
     result = json.loads((folder/'runs/study/result.json').read_text())
     again(folder/'tables', result['study'], result['against'])
+
+
+@pytest.mark.parametrize('folder', REPORTS, ids=lambda p: p.name)
+def test_tables_and_figures_are_what_the_runs_left(folder):
+    "A page that was written from files of a run before would show its numbers"
+    if not (preset := json.loads((folder/'provenance.json').read_text()))['committed']: pytest.skip('not a committed report')
+    for run, record in preset['runs'].items():
+        for name, then in record['outputs'].items():
+            kind, _, file = name.partition('/')
+            path = folder/kind/(file if kind == 'tables' else f'{run}-{file}')
+            if kind in ('tables', 'figures') and path.suffix != '.html': assert file_hash(path) == then, f'{path}: not of the run {run}'
 
 
 @pytest.mark.skipif(not (ROOT/'reports/index.html').is_file(), reason='reports/index.html is not committed')

@@ -62,7 +62,8 @@ def collect(
 ):
     """Copy every run's tables to `tables/` and its figures to `figures/<run>-...`, replacing what was there.
 
-    A committed run's folder has neither: what the report has of it stays, as long as it is what the run left."""
+    A committed run's folder has neither, or those of a run before, on the machine that made it: what the report has
+    stays, as long as it is what the run left."""
     for kind in ('tables', 'figures'):
         fresh = folder/f'.{kind}.partial'
         shutil.rmtree(fresh, ignore_errors=True); fresh.mkdir(parents=True)
@@ -70,11 +71,13 @@ def collect(
             own = folder/'runs'/run['name']/kind
             outputs = run['provenance'].get('outputs', {})
             left = {n.partition('/')[2]: then for n, then in outputs.items() if n.startswith(f'{kind}/')}
-            for name in sorted({*left, *(p.name for p in own.glob('*'))}):
+            there = {p.name: p for p in own.glob('*') if p.is_file()
+                     and (not (committed and outputs) or file_hash(p) == left.get(p.name))}
+            for name in sorted({*left, *there}):
                 to = fresh/(name if kind == 'tables' else f"{run['name']}-{name}")
-                p, kept = own/name, folder/kind/to.name
-                if p.is_file() and p.suffix == '.html': to.write_text(to_pages(p.read_text(), '../', committed))
-                elif p.is_file(): shutil.copyfile(p, to)
+                p, kept = there.get(name), folder/kind/to.name
+                if p and p.suffix == '.html': to.write_text(to_pages(p.read_text(), '../', committed))
+                elif p: shutil.copyfile(p, to)
                 elif committed and kept.is_file() and (to.suffix == '.html' or file_hash(kept) == left[name]):
                     shutil.copyfile(kept, to)
         replace_folder(fresh, folder/kind)
