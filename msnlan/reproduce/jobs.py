@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..basics import project_folder, terminable, write_bytes, write_json
+from ..basics import file_hash, project_folder, terminable, write_bytes, write_json
 from .fingerprints import digest
 from .plan import check_step, chosen, fetch_sets, plan_of, read_json, read_plan, write_plan
 from .presets import load_preset
@@ -57,13 +57,15 @@ def bring_weights(
     parameters:dict,   # of a job; they name weights as ../RUN/FILE
     runs:list,         # folders of runs that are done and that the job needs
 ):
-    "Put weights that a committed run left out into its folder again; `RunError` for some that the repository lacks"
+    """Put the weights of a committed run, which `git` leaves out, into its folder again, also over those of a run before.
+
+    `RunError` for some that the repository lacks."""
     for run in runs:
         for name, then in read_json(run/'provenance.json').get('outputs', {}).items():
-            absent = name.endswith('.safetensors') and not (run/name).is_file()
-            if not absent or f'../{run.name}/{name}' not in json.dumps(parameters): continue
+            if not name.endswith('.safetensors') or f'../{run.name}/{name}' not in json.dumps(parameters): continue
+            if (run/name).is_file() and file_hash(run/name) == then: continue
             if not (path := weights_by_hash().get(then)):
-                raise RunError(f'{run.name}: its {name} is neither there nor in the repository; make the run again: '
+                raise RunError(f'{run.name}: the {name} that it left is neither there nor in the repository; make the run again: '
                                f'remove {run}, then the same command')
             write_bytes(run/name, path.read_bytes())
 
