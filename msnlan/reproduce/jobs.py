@@ -57,7 +57,7 @@ def bring_weights(
     parameters:dict,   # of a job; they name weights as ../RUN/FILE
     runs:list,         # folders of runs that are done and that the job needs
 ):
-    """Put the weights of a committed run, which `git` leaves out, into its folder again, also over those of a run before.
+    """Put weights that a committed run left out into its folder again, also over those of a run before.
 
     `RunError` for some that the repository lacks."""
     for run in runs:
@@ -65,8 +65,8 @@ def bring_weights(
             if not name.endswith('.safetensors') or f'../{run.name}/{name}' not in json.dumps(parameters): continue
             if (run/name).is_file() and file_hash(run/name) == then: continue
             if not (path := weights_by_hash().get(then)):
-                raise RunError(f'{run.name}: the {name} that it left is neither there nor in the repository; make the run again: '
-                               f'remove {run}, then the same command')
+                raise RunError(f'{run.name}: the {name} that it left is neither there nor in the repository; '
+                               f'make the run again: remove {run}, then the same command')
             write_bytes(run/name, path.read_bytes())
 
 # %% ../../nbs/reproduce/05_jobs.ipynb #a1c16056

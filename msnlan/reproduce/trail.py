@@ -148,7 +148,8 @@ def describe_run(run:Path, hashes:FileHashes)->tuple:   # (lines, what differs)
     lines += [f'  {verdict(then, now)}            {what}  {str(then)[:16]}'
               + ('' if now in (then, ABSENT) else f' -> {str(now)[:16]}') for what, then, now in checks]
     away = [what.removeprefix('files of ') for what, _, now in checks if what.startswith('files of ') and now == ABSENT]
-    if away: lines.append(f"  {NOT_HERE}           pictures of {', '.join(away)}; `msnlan data list` says where they are from")
+    if away:
+        lines.append(f"  {NOT_HERE}           pictures of {', '.join(away)}; `msnlan data list` says where from")
     return lines, [f'{what} of {run.name}' for what, then, now in checks if now not in (then, ABSENT)]
 
 # %% ../../nbs/reproduce/07_trail.ipynb #5a1821f0
