@@ -8,16 +8,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def networks()->str:
-    "The shipped networks as a table, from the cards beside their weights: a row a network"
+    "The shipped networks as a table, from the cards beside their weights: a row a network and task, its scores on the first set"
     from msnlan.basics import markdown_table
+    from msnlan.degradations import TASKS
     from msnlan.models.cards import shipped_rows
     found = {}
-    for r in shipped_rows():
-        name, what = re.fullmatch(r'(.+?-tiny)-(.+)', r['name']).groups()
-        said = next((f"{what} {s['dataset']} {s['psnr']:.2f} ({s['bicubic_psnr']:.2f})" for s in r['scores']), f'{what} not measured yet')
-        found.setdefault(name, []).append((r['parameters'], said))
+    for r in sorted(shipped_rows(), key=lambda r: list(TASKS).index(r['task'])):
+        name = re.fullmatch(r'(.+?-tiny)-.+', r['name'])[1]
+        s = next(iter(r['scores']), None)
+        said = f"{s['setting']} {s['psnr']:.2f} ({s['bicubic_psnr']:.2f})" if s else 'not measured yet'
+        found.setdefault((name, TASKS[r['task']]['title'], s['dataset'] if s else ''), []).append((r['parameters'], said))
     size = lambda rows: '-'.join(sorted({f'{n/1000:.0f}' for n in (min(rows)[0], max(rows)[0])})) + ' k'
-    return markdown_table(['name', 'parameters', 'PSNR'], [[f'`{n}`', size(rows), ', '.join(said for _, said in rows)] for n, rows in found.items()])
+    return markdown_table(['name', 'parameters', 'task', 'set', 'PSNR (dB)'],
+                          [[f'`{name}`', size(rows), task, data, ', '.join(said for _, said in rows)] for (name, task, data), rows in found.items()])
 
 
 def photograph()->str:
