@@ -137,16 +137,19 @@ def _names(names):
     names = list(dict.fromkeys(names))
     return ' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
+def _span(numbers, before=''):
+    low, high = f'{numbers.min():.2f}', f'{numbers.max():.2f}'
+    return low if low == high else f'{before}{low} to {high}'
+
 def _of_arms(t):
     against = next(c for c in t if c.startswith('minus '))
     base = against.removeprefix('minus ')
     for name, part in t.groupby('set', sort=False):
         rows = part[part[against] != '']
         seen, least = rows[_beyond_zero(rows['95 % interval'])], _numbers(rows['smallest visible'])
-        low, high = (f'{x:.2f}' for x in (least.min(), least.max()))
         yield (f'{name}: ' + (f'{_names(seen.arm)} differ{"s" * (len(seen) == 1)} visibly from {base}'
                               if len(seen) else f'no arm differs visibly from {base}')
-               + f'; {high if low == high else f"from {low} to {high}"} dB could have been seen.')
+               + f'; {_span(least, "from ")} dB could have been seen.')
 
 def _of_losses(t):
     for name, part in t.groupby('set', sort=False):
@@ -157,7 +160,7 @@ def _of_losses(t):
 
 def _of_likeness(t):
     for name, part in t.groupby('set', sort=False):
-        span = lambda c: f'{_numbers(part[c]).min():.2f} to {_numbers(part[c]).max():.2f}'
+        span = lambda c: _span(_numbers(part[c]))
         best = part.loc[_numbers(part['attention']).idxmax()]
         yield (f"{name}: what attention matches correlates with the truth at the query by {span('attention')} (most in "
                f"{best.network}, {best.kind}), random patches by {span('random')}, the nearest patch of the input "
