@@ -138,9 +138,11 @@ def _names(names):
     return ' and '.join([', '.join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 def _span(numbers, before=''):
+    "Smallest to largest with two digits; one number where both print alike"
     low, high = f'{numbers.min():.2f}', f'{numbers.max():.2f}'
     return low if low == high else f'{before}{low} to {high}'
 
+# %% ../../nbs/reproduce/06_report.ipynb #5a1c07e4
 def _of_arms(t):
     against = next(c for c in t if c.startswith('minus '))
     base = against.removeprefix('minus ')
