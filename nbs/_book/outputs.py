@@ -31,10 +31,9 @@ def tidy(output):   # an output, or none where it is of no use to a reader
     if output.output_type == 'stream': return output if output.name == 'stdout' and output.text.strip() else None
     if output.output_type not in ('display_data', 'execute_result'): return output
     data = output.data
-    data.pop('application/vnd.jupyter.widget-view+json', None)
-    if 'image/png' in data:
-        data.pop('text/plain', None)
-        data['image/png'] = smaller(data['image/png'])
+    widget = data.pop('application/vnd.jupyter.widget-view+json', None)
+    if widget or 'image/png' in data: data.pop('text/plain', None)
+    if 'image/png' in data: data['image/png'] = smaller(data['image/png'])
     output.metadata = {}
     return output if data else None
 
