@@ -140,17 +140,18 @@ def sizes(
 def plot_sizes(table:pd.DataFrame):   # of `sizes`; gives a matplotlib figure
     "PSNR against the number of parameters"
     import matplotlib.pyplot as plt
+    from matplotlib.text import Text
     fig, ax = plt.subplots(figsize=(5, 3.2), layout='constrained')
-    names, boxes = [], []
+    names, boxes, line = [], [], dict(arrowstyle='-', color='.6', linewidth=.6, relpos=(0, .5), shrinkA=1, shrinkB=0)
     for row, mark, label in (('published', 'o', 'printed'), ('here', 's', 'measured here')):
         part = table[table.row == row]
         ax.semilogx(part.parameters.astype(float), part.psnr, mark, label=label)
-        names += [ax.annotate(r.method, (float(r.parameters), r.psnr), (5, -2), textcoords='offset points',
-                              fontsize=7) for r in part.sort_values('psnr').itertuples()]
+        names += [ax.annotate(r.method, (float(r.parameters), r.psnr), (20, -2), textcoords='offset points', fontsize=7,
+                              arrowprops=line) for r in part.sort_values('psnr').itertuples()]
     ax.set_xlabel('parameters', fontsize=8); ax.set_ylabel('PSNR on Set5 x2, dB', fontsize=8)
-    ax.tick_params(labelsize=8); ax.grid(alpha=.3); ax.legend(fontsize=7); ax.margins(x=.15, y=.12)
+    ax.tick_params(labelsize=8); ax.grid(alpha=.3); ax.legend(fontsize=7); ax.margins(x=.18, y=.12)
     fig.draw_without_rendering()                                    # names have places from now on
     for name in names:
-        while any(name.get_window_extent().overlaps(b) for b in boxes): name.xyann = 5, name.xyann[1] + 1
-        boxes.append(name.get_window_extent())
+        while any(Text.get_window_extent(name).overlaps(b) for b in boxes): name.xyann = 20, name.xyann[1] + 1
+        boxes.append(Text.get_window_extent(name))                  # of the words, without their line
     return fig
